@@ -1,0 +1,340 @@
+"""The whole exception tree.
+
+Owns every failure that crosses a room's border: a stable `code` (wire format: add, never rename), a
+sentence that says what was wrong, where, and what to do, and whether trying again unchanged may help.
+Raised everywhere; turned into `application/problem+json` by `service.api`, into attempt rows by
+`workers.runner`, into exit codes by `service.cli`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class EdgeKilnError(Exception):
+    """Base of every expected failure.
+
+    `message` is one or more full sentences for a person. `details` holds JSON values that name the
+    place (file, tensor, figure, threshold) for a program.
+    """
+
+    #: Stable identifier; part of the wire format.
+    code: ClassVar[str] = "internal_error"
+    #: Whether the same work, unchanged, may succeed later.
+    retryable: ClassVar[bool] = False
+    #: HTTP status when the error reaches a REST client.
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details: dict[str, Any] = details
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the wire form: `code`, `message`, `retryable`, `details`."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retryable,
+            "details": self.details,
+        }
+
+
+class RemoteError(EdgeKilnError):
+    """A failure that arrived as JSON (from a child process or the API) and keeps its original code."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        super().__init__(str(document.get("message", "no message")), **document.get("details", {}))
+        self.document = dict(document)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.document
+
+    @property
+    def remote_code(self) -> str:
+        """The code the failure had where it was raised."""
+        return str(self.document.get("code", "internal_error"))
+
+
+# --- what users ask for -------------------------------------------------------------------------
+
+
+class InvalidRequest(EdgeKilnError):
+    """The request can never work as written."""
+
+    code = "invalid_request"
+    http_status = 422
+
+
+class UnknownName(InvalidRequest):
+    """A recipe, format, engine or device that does not exist; the message names the nearest one."""
+
+    code = "unknown_name"
+
+
+class FolderNotAllowed(InvalidRequest):
+    """A REST request named a folder outside the operator's source roots."""
+
+    code = "folder_not_allowed"
+    http_status = 403
+
+
+class NotFound(EdgeKilnError):
+    """No such thing, or not this tenant's."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class Conflict(EdgeKilnError):
+    """The thing exists but its state forbids the action."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class IdempotencyMismatch(Conflict):
+    """An `Idempotency-Key` was used again with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class Unauthorized(EdgeKilnError):
+    """No API key, or not a valid one."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class HostNotAllowed(EdgeKilnError):
+    """The Host header names a server that this is not."""
+
+    code = "host_not_allowed"
+    http_status = 421
+
+
+class PayloadTooLarge(EdgeKilnError):
+    """The request body exceeds the limit."""
+
+    code = "payload_too_large"
+    http_status = 413
+
+
+class InvalidSettings(EdgeKilnError):
+    """A setting is missing, malformed or contradicts another."""
+
+    code = "invalid_settings"
+
+
+class ServiceUnavailable(EdgeKilnError):
+    """The server cannot be reached or is not ready."""
+
+    code = "service_unavailable"
+    retryable = True
+    http_status = 503
+
+
+# --- sources and checkpoints --------------------------------------------------------------------
+
+
+class SourceNotFound(EdgeKilnError):
+    """No such folder, repository or revision."""
+
+    code = "source_not_found"
+
+
+class SourceUnavailable(EdgeKilnError):
+    """The source exists but could not be read now (network, server error)."""
+
+    code = "source_unavailable"
+    retryable = True
+
+
+class SourceForbidden(EdgeKilnError):
+    """The source demands a credential that was not given or does not suffice."""
+
+    code = "source_forbidden"
+
+
+class SourceChanged(EdgeKilnError):
+    """The source's files are no longer those the job was pinned to."""
+
+    code = "source_changed"
+
+
+class CheckpointInvalid(EdgeKilnError):
+    """A checkpoint file is missing, damaged, contradictory or dangerous; the message names the file."""
+
+    code = "checkpoint_invalid"
+
+
+class CheckpointUnsafe(CheckpointInvalid):
+    """The checkpoint asks to run code or to read paths of its choosing."""
+
+    code = "checkpoint_unsafe"
+
+
+class ArchitectureUnsupported(EdgeKilnError):
+    """No engine takes this architecture; the message lists those that are supported."""
+
+    code = "architecture_unsupported"
+
+
+class RequestUnfit(EdgeKilnError):
+    """The checkpoint is fine, but it cannot do what the job asks (context too long, ...)."""
+
+    code = "request_unfit"
+
+
+class TokenizerUnsupported(EdgeKilnError):
+    """The tokenizer cannot be carried into the requested format."""
+
+    code = "tokenizer_unsupported"
+
+
+class ChatTemplateInvalid(CheckpointInvalid):
+    """The chat template does not parse, does not end, or grows without bound."""
+
+    code = "chat_template_invalid"
+
+
+# --- conversion and proof -----------------------------------------------------------------------
+
+
+class ConversionFailed(EdgeKilnError):
+    """The converter refused the model."""
+
+    code = "conversion_failed"
+
+
+class QuantizationFailed(EdgeKilnError):
+    """The quantizer refused the model or produced nothing."""
+
+    code = "quantization_failed"
+
+
+class BundleFailed(EdgeKilnError):
+    """The bundle could not be written."""
+
+    code = "bundle_failed"
+
+
+class VerificationFailed(EdgeKilnError):
+    """The artifact does not run, or is not what it claims to hold."""
+
+    code = "verification_failed"
+
+
+class BenchmarkFailed(EdgeKilnError):
+    """The benchmark produced no trustworthy figure (0 tokens/s among them)."""
+
+    code = "benchmark_failed"
+
+
+class GateRefused(EdgeKilnError):
+    """A figure of the artifact misses a gate; `details` holds gate, figure and threshold."""
+
+    code = "gate_refused"
+
+
+# --- children, workers, ledger and store --------------------------------------------------------
+
+
+class ChildCrashed(EdgeKilnError):
+    """The child process died of a signal or without an answer; its worker lives."""
+
+    code = "child_crashed"
+    retryable = True
+
+
+class MemoryLimitExceeded(EdgeKilnError):
+    """The child used more memory than its limit, or the kernel's out-of-memory killer took it."""
+
+    code = "memory_limit_exceeded"
+
+
+class DeadlineExceeded(EdgeKilnError):
+    """The child ran longer than its deadline."""
+
+    code = "deadline_exceeded"
+
+
+class DiskFull(EdgeKilnError):
+    """No space left where the step writes."""
+
+    code = "disk_full"
+    retryable = True
+
+
+class StepCancelled(EdgeKilnError):
+    """The step was cancelled while it ran."""
+
+    code = "cancelled"
+
+
+class StepLost(EdgeKilnError):
+    """The worker vanished while a step that must not be repeated was running."""
+
+    code = "lost"
+
+
+class InputFailed(EdgeKilnError):
+    """A step that this one needs did not succeed."""
+
+    code = "input_failed"
+
+
+class Parked(EdgeKilnError):
+    """The step was given up after too many crashes or lost workers."""
+
+    code = "parked"
+
+
+class LeaseLost(EdgeKilnError):
+    """The holder's token is no longer the step's: another worker owns it now. Write nothing."""
+
+    code = "lease_lost"
+
+
+class BlobCondemned(EdgeKilnError):
+    """A commit named a blob that is about to be deleted; upload it again."""
+
+    code = "blob_condemned"
+    retryable = True
+
+
+class BlobMissing(EdgeKilnError):
+    """The store has no such object."""
+
+    code = "blob_missing"
+
+
+class BlobCorrupt(EdgeKilnError):
+    """Bytes read do not have the digest they are stored under."""
+
+    code = "blob_corrupt"
+    retryable = True
+
+
+class StoreUnavailable(EdgeKilnError):
+    """The object store did not answer, or answered with a server error."""
+
+    code = "store_unavailable"
+    retryable = True
+
+
+class ToolchainChanged(EdgeKilnError):
+    """The step was planned for other tool versions or step code than this worker has."""
+
+    code = "toolchain_changed"
+
+
+def describe_bug(error: BaseException) -> dict[str, Any]:
+    """Return the wire form of an unexpected exception: code `internal_error`, type and text."""
+    return {
+        "code": "internal_error",
+        "message": f"Unexpected {type(error).__name__}: {error}",
+        "retryable": False,
+        "details": {},
+    }
