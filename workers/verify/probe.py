@@ -1,0 +1,193 @@
+"""What the source and the artifact are both asked, and how their answers are compared. Pure numpy.
+
+Owns the probe (texts, the teacher-forced token sequences and which positions are compared) and the figures of
+parity. Must not run a model, read a file or judge a figure: thresholds live in `service.gates`. Called by
+`workers.verify.reference`, which answers the probe with the source, and by `workers.verify.verify`, which
+answers it with the artifact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Tokens = list[int]
+
+#: Texts of several kinds; a tokenizer that knows only some of them still yields tokens for most.
+TEXTS: tuple[str, ...] = (
+    "The harbour was quiet at noon, and the ferry had not come back from the island yet.",
+    "12+7=19, 40+2=42, 8*8=64 and 100-1=99.",
+    "def area(width, height):\n    return width * height\n",
+    "Q: Which month follows March?\nA: April",
+    "Übermorgen fährt der Zug nach Köln; le café était déjà fermé.",
+    "{\"name\": \"kiln\", \"temperature_c\": 1040, \"open\": false}",
+)
+
+#: Prompts whose greedy continuation is compared token by token.
+PROMPTS: tuple[str, ...] = ("The harbour was", "12+7=", "def area(", "Q: Which month follows March?\nA:")
+
+#: Rows compared after each prefill chunk and at the end of the context.
+WINDOW_ROWS = 8
+#: Longest sequence that is fed through `decode` alone, in tokens.
+SHORT_TOKENS = 16
+#: How many sequences are fed through `decode` alone.
+SHORT_SEQUENCES = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One teacher-forced run: some tokens are prefilled, the rest goes through `decode` one by one."""
+
+    #: Which figure the case counts for: `decode`, a prefill signature or `context_end`.
+    name: str
+    #: All tokens of the sequence, those of the prefill first.
+    tokens: Tokens
+    #: How many tokens are prefilled; 0 starts with `decode`.
+    prefill_tokens: int
+    #: The length of the only prefill signature to use, or None for the chunks the runtime would choose.
+    prefill_length: int | None
+
+    @property
+    def positions(self) -> range:
+        """The positions whose logits are compared; row `p` predicts the token at `p + 1`."""
+        return range(self.prefill_tokens, len(self.tokens))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `reference.json` keeps."""
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_length": self.prefill_length,
+        }
+
+
+def build_cases(
+    encode: Callable[[str], Tokens],
+    evaluation: Sequence[tuple[str, str]],
+    prefill_lengths: Iterable[int],
+    context_length: int,
+) -> list[Case]:
+    """Return the probe of one checkpoint: the same inputs give the same cases.
+
+    `encode` maps text to token ids as the source's tokenizer does; `evaluation` holds (prompt, answer) pairs.
+    Each prefill length is exercised twice, with a full chunk and with a padded one, each followed by up to
+    `WINDOW_ROWS` decoded positions; the last case ends exactly at the last position of the context.
+    """
+    short = [encode(prompt + answer) for prompt, answer in evaluation[: SHORT_SEQUENCES // 2]]
+    short += [encode(text) for text in TEXTS]
+    sequences = [tokens[: min(SHORT_TOKENS, context_length)] for tokens in short if len(tokens) > 1]
+    cases = [Case("decode", tokens, 0, None) for tokens in sequences[:SHORT_SEQUENCES]]
+
+    long = fill_context(encode, evaluation, context_length)
+    for length in sorted(set(prefill_lengths)):
+        full = min(length, context_length - 1)
+        for count in sorted({full, max(1, full // 2 + 1)}):
+            end = min(count + WINDOW_ROWS, context_length)
+            cases.append(Case(f"prefill_{length}", long[:end], count, length))
+    start = max(context_length - WINDOW_ROWS, 0)
+    cases.append(Case("context_end", long, start, None))
+    return cases
+
+
+def fill_context(
+    encode: Callable[[str], Tokens], evaluation: Sequence[tuple[str, str]], context_length: int
+) -> Tokens:
+    """Return exactly `context_length` tokens of probe text, repeated as often as it takes."""
+    text = "\n".join([*TEXTS, *(prompt + answer for prompt, answer in evaluation[:8])]) + "\n"
+    tokens = encode(text)
+    if not tokens:
+        raise ValueError("The tokenizer yields no token for any probe text.")
+    return (tokens * (context_length // len(tokens) + 1))[:context_length]
+
+
+def plan_chunks(tokens: int, prefill_lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """Return `(signature length, real tokens)` chunks that cover `tokens`, as LiteRT-LM divides a prompt.
+
+    The largest signature is used while it fills up; the rest goes into the smallest one that holds it.
+    """
+    lengths = sorted(set(prefill_lengths))
+    chunks: list[tuple[int, int]] = []
+    rest = tokens
+    while rest >= lengths[-1]:
+        chunks.append((lengths[-1], lengths[-1]))
+        rest -= lengths[-1]
+    if rest:
+        chunks.append((next(length for length in lengths if length >= rest), rest))
+    return chunks
+
+
+def measure_margins(logits: Floats) -> Floats:
+    """Return how far the best logit stands above the second best.
+
+    `logits`: float32 [positions, vocab]; result: float32 [positions].
+    """
+    best = np.partition(logits, -2, axis=-1)[:, -2:]
+    return np.asarray(best[:, 1] - best[:, 0], dtype=np.float32)
+
+
+def compare_logits(source: Floats, artifact: Floats) -> dict[str, float | int]:
+    """Return the parity figures of two answers to the same positions.
+
+    `source`, `artifact`: float32 [positions, vocab], all finite. A position is confident when the source's
+    top-2 margin exceeds twice the largest absolute error; `top1_agreement_confident` is absent when none is.
+    KL is KL(source || artifact) in nats. `max_abs_error_ratio` divides by the range of the source's logits.
+    """
+    if source.shape != artifact.shape or source.ndim != 2:
+        raise ValueError(f"Logits of shapes {source.shape} and {artifact.shape} cannot be compared.")
+    difference = np.abs(source.astype(np.float64) - artifact)
+    max_abs_error = float(difference.max())
+    logit_range = float(source.max() - source.min())
+    agrees = source.argmax(axis=-1) == artifact.argmax(axis=-1)
+    confident = measure_margins(source) > 2 * max_abs_error
+    divergence = measure_divergence(source, artifact)
+    figures: dict[str, float | int] = {
+        "max_abs_error": max_abs_error,
+        "mean_abs_error": float(difference.mean()),
+        "logit_range": logit_range,
+        "top1_agreement": float(agrees.mean()),
+        "confident_share": float(confident.mean()),
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "positions": len(source),
+    }
+    if logit_range > 0:
+        figures["max_abs_error_ratio"] = max_abs_error / logit_range
+    if confident.any():
+        figures["top1_agreement_confident"] = float(agrees[confident].mean())
+    return figures
+
+
+def measure_divergence(source: Floats, artifact: Floats) -> npt.NDArray[np.float64]:
+    """Return KL(source || artifact) per position, in nats; never below 0."""
+    source_log = log_softmax(source)
+    divergence = np.sum(np.exp(source_log) * (source_log - log_softmax(artifact)), axis=-1)
+    return np.asarray(np.maximum(divergence, 0.0))
+
+
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """Return log probabilities over the last axis, in float64 so that small KL does not drown in rounding."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def measure_perplexity(logits: Floats, cases: Sequence[Case]) -> float:
+    """Return the perplexity of the probe's own next tokens.
+
+    `logits`: float32 [positions of all cases in order, vocab]. Positions without a next token do not count.
+    """
+    log_probabilities = log_softmax(logits)
+    losses: list[float] = []
+    row = 0
+    for case in cases:
+        for position in case.positions:
+            if position + 1 < len(case.tokens):
+                losses.append(-float(log_probabilities[row, case.tokens[position + 1]]))
+            row += 1
+    return math.exp(sum(losses) / len(losses))

@@ -1,0 +1,320 @@
+"""The `reference` step: what the source itself answers, computed once per checkpoint.
+
+Owns the source's side of every comparison: teacher-forced logits on the probe, greedy generations with their
+margins, exact match on `evaluation.jsonl`, token ids, stop tokens. Must not look at an artifact or judge a figure.
+Run by `workers.runner` in a child; its files are read by `workers.verify.verify`, which needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from service.errors import CheckpointInvalid, TokenizerUnsupported
+from workers.steps import Progress, run_by_hand
+from workers.verify import probe
+
+#: Files that the step leaves behind.
+LOGITS_FILE = "reference.npz"
+ANSWERS_FILE = "reference.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+#: Tokens generated for each fixed prompt, at most.
+GENERATED_TOKENS = 24
+#: Tokens left free for generation behind the prompt that nearly fills the context.
+LONG_PROMPT_FREE_TOKENS = 8
+#: Prompts of one batch; equal lengths only, so that no padding is needed.
+BATCH_PROMPTS = 64
+#: Room for a stop token and a little babble behind the longest answer.
+ANSWER_EXTRA_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One greedy continuation."""
+
+    #: New tokens, the stop token included when one was generated.
+    tokens: list[int]
+    #: How far each new token's logit stood above the second best.
+    margins: list[float]
+    #: Whether the last token is a stop token.
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint, opened with transformers in float32."""
+
+    model: Any
+    tokenizer: Any
+    stop_tokens: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids as the model is meant to get them, its leading special tokens included."""
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+
+
+def run(
+    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Answer the probe, the fixed prompts and the evaluation with the source; write `reference.npz` and `.json`.
+
+    `params`: `context_length` in tokens, `prefill_lengths`. Raises `CheckpointInvalid` when `evaluation.jsonl`
+    is not what it should be or the source answers with NaN, `TokenizerUnsupported` when the tokenizer has no
+    portable form. Equal inputs give equal answers on the same CPU.
+    """
+    checkpoint = inputs["checkpoint"]
+    context_length = int(params["context_length"])
+    progress("opening the source", 0.0)
+    evaluation = read_evaluation(checkpoint / "evaluation.jsonl")
+    source = open_source(checkpoint)
+    write_tokenizer(source.tokenizer, output_dir / TOKENIZER_FILE)
+    cases = probe.build_cases(source.encode, evaluation, params["prefill_lengths"], context_length)
+    with torch.inference_mode():
+        progress("source logits on the probe", 0.1)
+        logits = answer_cases(source, cases)
+        progress("source generations", 0.4)
+        prompts = generate_prompts(source, context_length)
+        progress("source accuracy", 0.6)
+        answers, limit_tokens = answer_evaluation(source, evaluation, context_length)
+    np.savez(output_dir / LOGITS_FILE, logits=logits)
+    document = {
+        "context_length": context_length,
+        "prefill_lengths": sorted({int(length) for length in params["prefill_lengths"]}),
+        "vocabulary_size": int(logits.shape[-1]),
+        "stop_tokens": sorted(source.stop_tokens),
+        "cases": [case.to_json() for case in cases],
+        "perplexity": probe.measure_perplexity(logits, cases),
+        "prompts": prompts,
+        "evaluation": {"limit_tokens": limit_tokens, "answers": answers},
+        "tokenizer_samples": sample_tokenizer(source),
+    }
+    text = json.dumps(document, ensure_ascii=True, indent=1, sort_keys=True, allow_nan=False)
+    (output_dir / ANSWERS_FILE).write_text(text + "\n", encoding="utf-8")
+    return {"quality": describe_quality(document), "positions": len(logits), "prompts": len(prompts)}
+
+
+def describe_quality(document: Mapping[str, Any]) -> dict[str, float | int]:
+    """Return the source's own quality figures; exact match only where the checkpoint has an evaluation."""
+    figures: dict[str, float | int] = {"perplexity": document["perplexity"]}
+    answers = document["evaluation"]["answers"]
+    if answers:
+        figures["exact_match"] = sum(answer["is_correct"] for answer in answers) / len(answers)
+        figures["exact_match_count"] = len(answers)
+    return figures
+
+
+def read_evaluation(path: Path) -> list[tuple[str, str]]:
+    """Return (prompt, answer) pairs, or none when the checkpoint has no evaluation.
+
+    Raises `CheckpointInvalid` that names the line.
+    """
+    if not path.exists():
+        return []
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            prompt, answer = item["prompt"], item["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointInvalid(
+                f'evaluation.jsonl line {number} is not {{"prompt": "...", "answer": "..."}}. Correct or remove it.',
+                file="evaluation.jsonl",
+                line=number,
+            ) from error
+        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt):
+            raise CheckpointInvalid(
+                f"evaluation.jsonl line {number}: prompt and answer must be texts, the prompt not empty.",
+                file="evaluation.jsonl",
+                line=number,
+            )
+        pairs.append((prompt, answer))
+    return pairs
+
+
+def open_source(checkpoint: Path) -> Source:
+    """Open model and tokenizer from local files, without remote code, in float32 with eager attention."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    ).eval()
+    return Source(model, tokenizer, frozenset(find_stop_tokens(model, tokenizer)))
+
+
+def find_stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return every token that ends a generation: the generation config's, the config's and the tokenizer's."""
+    declared = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
+    stops: set[int] = set()
+    for value in declared:
+        if value is not None:
+            stops.update(int(token) for token in (value if isinstance(value, list | tuple) else [value]))
+    return stops
+
+
+def write_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Write the tokenizer in the one form that `verify` opens without transformers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerUnsupported(
+            f"The tokenizer {type(tokenizer).__name__} has no tokenizer.json form. Save it as a fast tokenizer."
+        )
+    path.write_text(backend.to_str(), encoding="utf-8")
+
+
+def answer_cases(source: Source, cases: Sequence[probe.Case]) -> probe.Floats:
+    """Return the source's logits at the compared positions of all cases, in order: float32 [positions, vocab]."""
+    rows = []
+    for case in cases:
+        tokens = torch.tensor([case.tokens])
+        kept = torch.tensor(list(case.positions))
+        rows.append(source.model(tokens, use_cache=False, logits_to_keep=kept).logits[0].float().numpy())
+    logits = np.concatenate(rows).astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise CheckpointInvalid("The source answers the probe with NaN or infinite logits: its weights are damaged.")
+    return logits
+
+
+def generate(source: Source, prompts: Sequence[Sequence[int]], limit_tokens: int) -> list[Generation]:
+    """Continue each prompt greedily until a stop token or `limit_tokens`; prompts must be equally long."""
+    results = [Generation([], [], stopped=False) for _ in prompts]
+    live = list(range(len(prompts)))
+    output = source.model(torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    for step in range(limit_tokens):
+        logits = output.logits[:, -1].float()
+        best = torch.topk(logits, 2, dim=-1)
+        tokens = best.indices[:, 0]
+        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+        for index in list(live):
+            token = int(tokens[index])
+            generation = results[index]
+            generation.tokens.append(token)
+            generation.margins.append(float(margins[index]))
+            if token in source.stop_tokens:
+                results[index] = Generation(generation.tokens, generation.margins, stopped=True)
+                live.remove(index)
+        if not live or step + 1 == limit_tokens:
+            break
+        output = source.model(tokens[:, None], past_key_values=cache, use_cache=True)
+    return results
+
+
+def generate_prompts(source: Source, context_length: int) -> list[dict[str, Any]]:
+    """Continue the fixed prompts and one that nearly fills the context."""
+    texts = [text for text in probe.PROMPTS if 0 < len(source.encode(text)) < context_length]
+    long_text = fit_text(source.encode, context_length - LONG_PROMPT_FREE_TOKENS)
+    described = []
+    for text in [*texts, long_text]:
+        tokens = source.encode(text)
+        is_long = text is long_text
+        free_tokens = context_length - len(tokens)
+        limit_tokens = free_tokens if is_long else min(GENERATED_TOKENS, free_tokens)
+        generation = generate(source, [tokens], limit_tokens)[0]
+        described.append(
+            {
+                "text": text,
+                "fills_context": is_long,
+                "tokens": tokens,
+                "limit_tokens": limit_tokens,
+                "generated": generation.tokens,
+                "margins": generation.margins,
+                "stopped": generation.stopped,
+            }
+        )
+    return described
+
+
+def fit_text(encode: Callable[[str], list[int]], limit_tokens: int) -> str:
+    """Return probe text of at most `limit_tokens` tokens and as near to it as whole characters allow."""
+    base = " ".join(probe.TEXTS[:2]) + " "
+    tokens_each = max(1, len(encode(base)) // 2)
+    text = base * (max(1, limit_tokens) // tokens_each + 1)
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(encode(text[:middle])) <= limit_tokens:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low]
+
+
+def answer_evaluation(
+    source: Source, evaluation: Sequence[tuple[str, str]], context_length: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Answer every evaluation prompt greedily; also return the token limit that every artifact gets as well."""
+    if not evaluation:
+        return [], 0
+    prompts = [source.encode(prompt) for prompt, _ in evaluation]
+    longest_answer = max(len(source.encode(answer)) for _, answer in evaluation)
+    limit_tokens = min(longest_answer + ANSWER_EXTRA_TOKENS, context_length - max(map(len, prompts)))
+    if limit_tokens < 1:
+        raise CheckpointInvalid(
+            f"A prompt of evaluation.jsonl does not fit into the context of {context_length} tokens.",
+            file="evaluation.jsonl",
+        )
+    generations: dict[int, Generation] = {}
+    for batch in group_by_length(prompts):
+        generations.update(zip(batch, generate(source, [prompts[i] for i in batch], limit_tokens), strict=True))
+    described = []
+    for index, (prompt, answer) in enumerate(evaluation):
+        generation = generations[index]
+        kept = generation.tokens[:-1] if generation.stopped else generation.tokens
+        text = first_line(source.tokenizer.decode(kept, skip_special_tokens=True))
+        described.append(
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "tokens": prompts[index],
+                "generated": generation.tokens,
+                "stopped": generation.stopped,
+                "is_correct": text == answer.strip(),
+            }
+        )
+    return described, limit_tokens
+
+
+def first_line(text: str) -> str:
+    """Return what an answer is compared by: the text up to the first newline, stripped."""
+    return text.partition("\n")[0].strip()
+
+
+def group_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return batches of indices of equally long prompts."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(index)
+    return [
+        indices[start : start + BATCH_PROMPTS]
+        for indices in by_length.values()
+        for start in range(0, len(indices), BATCH_PROMPTS)
+    ]
+
+
+def sample_tokenizer(source: Source) -> list[dict[str, Any]]:
+    """Return texts with their ids (leading special tokens left out) and what the ids decode to."""
+    samples = []
+    for text in (*probe.TEXTS, *probe.PROMPTS):
+        tokens = [int(token) for token in source.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        decoded = source.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        samples.append({"text": text, "tokens": tokens, "decoded": decoded})
+    return samples
+
+
+if __name__ == "__main__":
+    sys.exit(run_by_hand(run, "Answer the probe with a checkpoint itself, in float32."))
