@@ -1,0 +1,1 @@
+"""Checkpoints whose right answers are known, and the scripts that train them."""
