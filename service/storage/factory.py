@@ -36,6 +36,7 @@ class S3Options:
     response_checksum_validation: Literal["when_required", "when_supported"] = "when_required"
     #: Files above this size go up in parts of at least this size; one part is held in memory.
     part_size_bytes: int = 16 << 20
+    list_page_size: int = 1000
     connect_timeout_s: float = 10.0
     #: Silence on an open connection, not the length of a transfer.
     read_timeout_s: float = 60.0

@@ -1,0 +1,46 @@
+"""Which settings open which store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import InvalidRequest, InvalidSettings
+from service.storage import S3Options, open_store
+from service.storage.folder import FolderStore
+
+
+def test_file_url_opens_a_folder_and_makes_it(tmp_path: Path) -> None:
+    root = tmp_path / "a folder" / "store"
+    store = open_store(root.as_uri())
+    assert isinstance(store, FolderStore)
+    assert store.root == root
+    assert root.is_dir()
+
+
+def test_s3_url_names_bucket_and_prefix() -> None:
+    from service.storage.s3 import S3Store
+
+    options = S3Options(region="us-east-1", access_key_id="key", secret_access_key="secret")
+    store = open_store("s3://bucket/some/prefix/", options)
+    assert isinstance(store, S3Store)
+    assert (store.bucket, store.prefix) == ("bucket", "some/prefix/")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "relative/path", "/absolute", "file://host/x", "file:relative", "s3://", "s3:///x", "gs://b", "s3://b?x=1"],
+)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(InvalidSettings, match="store URL"):
+        open_store(url)
+
+
+def test_prefix_may_not_climb() -> None:
+    with pytest.raises(InvalidRequest):
+        open_store("s3://bucket/../x", S3Options(region="us-east-1"))
+
+
+def test_secret_is_not_printed() -> None:
+    assert "hunter2" not in repr(S3Options(secret_access_key="hunter2"))
