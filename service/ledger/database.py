@@ -1,0 +1,161 @@
+"""The connection to the ledger's database: engines, transactions, retries, migrations.
+
+Owns how a transaction begins, is repeated after a deadlock, and tells the queues after it has committed.
+Knows no table. Every other module of this room is called through `writes` or `reads`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import alembic.command
+import alembic.config
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from service.errors import Conflict
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Deadlock, serialization failure, lock timeout: the transaction did nothing and may run again.
+_RETRYABLE_SQLSTATES = {"40P01", "40001", "55P03"}
+_TRANSACTION_TRIES = 10
+
+
+class Transaction:
+    """One open write transaction; collects the resource classes to poke once it has committed."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.due_classes: set[str] = set()
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Whether rows can be locked one by one; SQLite locks the whole database."""
+        return self.connection.dialect.name == "postgresql"
+
+
+class StaleView(Exception):
+    """What a transaction read before it held its locks has changed; it runs again from the start."""
+
+
+class Database:
+    """A pool of connections to one ledger.
+
+    `poke` is called after a commit with the resource classes that have new work; it must not raise.
+    """
+
+    def __init__(self, url: str, poke: Callable[[Iterable[str]], None] | None = None) -> None:
+        self.url = url
+        self.poke = poke or (lambda _classes: None)
+        self.engine = _make_engine(url)
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+    def write(self, function: Callable[[Transaction], T]) -> T:
+        """Run `function` in one transaction; repeat it after a deadlock; poke after the commit."""
+        for attempt in range(_TRANSACTION_TRIES):
+            try:
+                with self.engine.connect() as connection:
+                    with connection.begin():
+                        transaction = Transaction(connection)
+                        result = function(transaction)
+                if transaction.due_classes:
+                    self.poke(sorted(transaction.due_classes))
+                return result
+            except StaleView:
+                continue
+            except DBAPIError as error:
+                if not _may_repeat(error) or attempt == _TRANSACTION_TRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, 0.02 * 2**attempt))
+        raise Conflict("The ledger is too busy to make this change; try again.")
+
+    def read(self, function: Callable[[Connection], T]) -> T:
+        """Run `function` on one consistent snapshot."""
+        with self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            else:
+                connection = connection.execution_options(is_read=True)
+            with connection.begin():
+                return function(connection)
+
+
+def writes(
+    function: Callable[Concatenate[Transaction, P], T],
+) -> Callable[Concatenate[Database, P], T]:
+    """Turn a function of a transaction into one of a database: one call, one transaction."""
+
+    @functools.wraps(function)
+    def call(database: Database, *args: P.args, **kwargs: P.kwargs) -> T:
+        return database.write(lambda transaction: function(transaction, *args, **kwargs))
+
+    return call
+
+
+def reads(
+    function: Callable[Concatenate[Connection, P], T],
+) -> Callable[Concatenate[Database, P], T]:
+    """Turn a function of a connection into one of a database that reads one snapshot."""
+
+    @functools.wraps(function)
+    def call(database: Database, *args: P.args, **kwargs: P.kwargs) -> T:
+        return database.read(lambda connection: function(connection, *args, **kwargs))
+
+    return call
+
+
+def migrate(url: str) -> None:
+    """Bring the database to the newest schema; safe when several processes start at once."""
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(resources.files("migrations")))
+    config.attributes["url"] = url
+    alembic.command.upgrade(config, "head")
+
+
+def ping(database: Database) -> None:
+    """Raise if the database does not answer."""
+    database.read(lambda connection: connection.execute(text("SELECT 1")).scalar_one())
+
+
+def _may_repeat(error: DBAPIError) -> bool:
+    if getattr(error.orig, "sqlstate", None) in _RETRYABLE_SQLSTATES:
+        return True
+    return isinstance(error, OperationalError) and "database is locked" in str(error.orig)
+
+
+def _make_engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    engine = create_engine(url, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_size=10, max_overflow=20)
+
+    @event.listens_for(engine, "connect")
+    def _prepare(raw: object, _record: object) -> None:
+        # The driver must not open transactions of its own: `_begin` below does.
+        raw.isolation_level = None  # type: ignore[attr-defined]
+        cursor = raw.cursor()  # type: ignore[attr-defined]
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A write transaction that starts as a reader fails at its first write when another has written meanwhile.
+        is_read = connection.get_execution_options().get("is_read", False)
+        connection.exec_driver_sql("BEGIN" if is_read else "BEGIN IMMEDIATE")
+
+    return engine

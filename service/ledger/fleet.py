@@ -1,0 +1,79 @@
+"""Hosts and workers as the ledger knows them.
+
+Called by `workers.app`; read by `/readyz`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.ledger.clock import now
+from service.ledger.database import Transaction, reads, writes
+from service.ledger.keys import Toolchain, new_id
+from service.ledger.tables import Host, Worker
+
+
+@writes
+def register_worker(
+    tx: Transaction,
+    host_id: str,
+    *,
+    cores: int,
+    memory_bytes: int,
+    slots: Mapping[str, int],
+    toolchain: Toolchain,
+    isolation: Mapping[str, Any],
+) -> str:
+    """Enter a worker process and its host; return the worker's id."""
+    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
+    record = {"cores": cores, "memory_bytes": memory_bytes}
+    tx.connection.execute(
+        dialect_insert(Host)
+        .values(id=host_id, **record)
+        .on_conflict_do_update(index_elements=["id"], set_=record)
+    )
+    worker_id = new_id("worker")
+    tx.connection.execute(
+        insert(Worker).values(
+            id=worker_id,
+            host_id=host_id,
+            slots=dict(slots),
+            toolchain=toolchain.to_json(),
+            toolchain_id=toolchain.id,
+            isolation=dict(isolation),
+            started_at=now(),
+            heartbeat_at=now(),
+        )
+    )
+    return worker_id
+
+
+@writes
+def beat_worker(tx: Transaction, worker_id: str) -> None:
+    """Say that a worker lives."""
+    tx.connection.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now()))
+
+
+@reads
+def list_workers(connection: Connection, seen_within_s: float) -> list[dict[str, Any]]:
+    """Return the workers heard of lately."""
+    rows = connection.execute(
+        select(Worker.id, Worker.host_id, Worker.slots, Worker.toolchain_id, Worker.isolation, Worker.heartbeat_at)
+        .where(Worker.heartbeat_at > now(-seen_within_s))
+        .order_by(Worker.started_at)
+    )
+    return [
+        {
+            "id": row.id,
+            "host": row.host_id,
+            "slots": row.slots,
+            "toolchain_id": row.toolchain_id,
+            "isolation": row.isolation,
+            "heartbeat_at": row.heartbeat_at.isoformat(),
+        }
+        for row in rows
+    ]

@@ -1,0 +1,172 @@
+"""Turns step specifications into rows: finds the step that already does the work, or makes it.
+
+Called inside the transactions of `service.ledger.jobs` and `service.ledger.work`. The job is locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.ledger import locks
+from service.ledger.clock import now
+from service.ledger.database import StaleView, Transaction
+from service.ledger.events import emit
+from service.ledger.keys import Toolchain, new_id, step_key
+from service.ledger.plan import StepSpec
+from service.ledger.states import StepState
+from service.ledger.tables import Base, Job, JobStep, Step, StepInput, Variant, VariantStep
+
+#: The work of a planner that has no toolchain: steps that make no bytes.
+NO_TOOLCHAIN = Toolchain(versions={}, revisions={})
+
+
+def add_steps(
+    tx: Transaction,
+    job_id: str,
+    specs: Sequence[StepSpec],
+    toolchain: Toolchain,
+    known_steps: dict[str, str],
+    checkpoint_digest: str | None,
+) -> None:
+    """Link a job to every step of `specs`, joining shared ones by key and making the rest.
+
+    `known_steps` maps names of specs that already have rows to their step ids, and grows.
+    """
+    job = tx.connection.execute(select(Job.tenant_id, Job.priority).where(Job.id == job_id)).one()
+    variant_ids = dict(
+        tx.connection.execute(select(Variant.name, Variant.id).where(Variant.job_id == job_id)).tuples().all()
+    )
+    position = tx.connection.execute(
+        select(func.coalesce(func.max(JobStep.position), -1)).where(JobStep.job_id == job_id)
+    ).scalar_one()
+    for spec in specs:
+        position += 1
+        input_ids = {name: known_steps[supplier] for name, supplier in spec.inputs.items()}
+        step_id, was_there = _ensure_step(tx, job, spec, toolchain, input_ids, checkpoint_digest)
+        known_steps[spec.name] = step_id
+        _link(tx, job_id, step_id, position, was_there)
+        _serve(tx, step_id, [variant_ids[name] for name in spec.variants])
+        kind_and_state = tx.connection.execute(select(Step.kind, Step.state).where(Step.id == step_id)).one()
+        emit(
+            tx,
+            [job_id],
+            "step",
+            {
+                "step_id": step_id,
+                "kind": kind_and_state.kind,
+                "state": kind_and_state.state,
+                "reused": was_there,
+                "error": None,
+            },
+        )
+
+
+def _link(tx: Transaction, job_id: str, step_id: str, position: int, reused: bool) -> None:
+    """Link a job to a step; a retry finds the steps that had succeeded linked already."""
+    statement = _upsert(tx)(JobStep).values(
+        job_id=job_id, step_id=step_id, position=position, reused=reused, superseded=False
+    )
+    tx.connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["job_id", "step_id"], set_={"position": position, "superseded": False}
+        )
+    )
+
+
+def _serve(tx: Transaction, step_id: str, variant_ids: Sequence[str]) -> None:
+    for variant_id in variant_ids:
+        statement = _upsert(tx)(VariantStep).values(variant_id=variant_id, step_id=step_id)
+        tx.connection.execute(statement.on_conflict_do_nothing())
+
+
+def _upsert(tx: Transaction) -> Callable[[type[Base]], Any]:
+    return postgresql.insert if tx.is_postgresql else sqlite.insert
+
+
+def _ensure_step(
+    tx: Transaction,
+    job: Any,
+    spec: StepSpec,
+    toolchain: Toolchain,
+    input_ids: dict[str, str],
+    checkpoint_digest: str | None,
+) -> tuple[str, bool]:
+    """Return a step's id and whether another request had made it."""
+    inputs = {
+        row.id: row
+        for row in tx.connection.execute(
+            select(Step.id, Step.kind, Step.key, Step.state).where(Step.id.in_(input_ids.values()))
+        )
+    }
+    # The checkpoint stands in the key by content, so that the same files from another source are the same work.
+    input_keys = {name: inputs[step_id].key for name, step_id in input_ids.items() if inputs[step_id].kind != "fetch"}
+    revision = toolchain.revisions.get(spec.kind, "")
+    key = step_key(spec.kind, spec.params, checkpoint_digest, input_keys, toolchain.id, revision)
+    is_due = all(row.state == StepState.SUCCEEDED for row in inputs.values())
+    values = {
+        "id": new_id("step"),
+        "tenant_id": job.tenant_id,
+        "kind": spec.kind,
+        "key": key,
+        "shared": spec.shared,
+        "params": dict(spec.params),
+        "resource_class": spec.resource_class,
+        "state": StepState.QUEUED if is_due else StepState.WAITING,
+        "priority": job.priority,
+        "token": 0,
+        "failure_count": 0,
+        "loss_count": 0,
+        "toolchain_id": toolchain.id,
+        "revision": revision,
+        "created_at": now(),
+        "queued_at": now() if is_due else None,
+    }
+    if not _insert_step(tx, values, spec.shared):
+        return _join_step(tx, job, key), True
+    for name, input_id in input_ids.items():
+        tx.connection.execute(insert(StepInput).values(step_id=values["id"], name=name, input_id=input_id))
+    if is_due:
+        tx.due_classes.add(spec.resource_class)
+    return str(values["id"]), False
+
+
+def _insert_step(tx: Transaction, values: dict[str, Any], shared: bool) -> bool:
+    """Insert a step; a shared one only if no live or succeeded step has its key. Waits for a rival's commit."""
+    if not shared:
+        tx.connection.execute(insert(Step).values(**values))
+        return True
+    statement = (
+        _upsert(tx)(Step)
+        .values(**values)
+        .on_conflict_do_nothing(
+            index_elements=["tenant_id", "key"],
+            index_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
+        )
+    )
+    return tx.connection.execute(statement).rowcount == 1
+
+
+def _join_step(tx: Transaction, job: Any, key: str) -> str:
+    """Lock and return the step that does this work; a finish in progress ends first."""
+    step_id = tx.connection.execute(
+        select(Step.id).where(
+            Step.tenant_id == job.tenant_id,
+            Step.key == key,
+            Step.shared,
+            Step.retired_at.is_(None),
+            Step.state.not_in([StepState.FAILED, StepState.CANCELLED]),
+        )
+    ).scalar_one_or_none()
+    if step_id is None:
+        raise StaleView
+    locks.lock_steps(tx, [step_id])
+    row = tx.connection.execute(select(Step.state, Step.priority).where(Step.id == step_id)).one()
+    if row.state in (StepState.FAILED, StepState.CANCELLED):
+        raise StaleView
+    if row.priority < job.priority:
+        tx.connection.execute(update(Step).where(Step.id == step_id).values(priority=job.priority))
+    return str(step_id)

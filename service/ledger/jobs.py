@@ -1,0 +1,215 @@
+"""What users do to jobs: submit, cancel, retry. Each is one transaction.
+
+Called by `service.api`. Changes states only through `service.ledger.moves`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+
+from service.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
+from service.ledger import locks
+from service.ledger.clock import now
+from service.ledger.database import Transaction, writes
+from service.ledger.events import emit
+from service.ledger.graph import NO_TOOLCHAIN, add_steps
+from service.ledger.keys import digest_json, new_id
+from service.ledger.moves import drop_unwanted_steps, recompute_job
+from service.ledger.plan import expand_submitted, plan_spec
+from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
+from service.ledger.tables import IdempotencyKey, Job, JobStep, Step, Variant
+from service.requests import JobRequest, parse_request
+
+#: How long an `Idempotency-Key` is remembered.
+IDEMPOTENCY_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The answer to a submission."""
+
+    job_id: str
+    #: False when the same `Idempotency-Key` had already made the job.
+    is_new: bool
+
+
+@writes
+def submit_job(
+    tx: Transaction, tenant_id: str, request: JobRequest, *, max_variants: int, idempotency_key: str | None = None
+) -> Submission:
+    """Store a job with its variants and first step; the caller has checked the source's folder.
+
+    Raises `InvalidRequest` for too large a matrix and `IdempotencyMismatch` when the key was used for another.
+    """
+    names = request.variant_names
+    if len(names) > max_variants:
+        raise InvalidRequest(
+            f"The job asks for {len(names)} variants; one job may have {max_variants}. Split it.",
+            variants=len(names),
+            limit=max_variants,
+        )
+    document = request.to_json()
+    job_id = new_id("job")
+    if idempotency_key is not None:
+        earlier = _claim_idempotency_key(tx, tenant_id, idempotency_key, digest_json(document), job_id)
+        if earlier is not None:
+            return Submission(earlier, is_new=False)
+    tx.connection.execute(
+        insert(Job).values(
+            id=job_id,
+            tenant_id=tenant_id,
+            request=document,
+            state=JobState.QUEUED,
+            priority=request.priority,
+            event_count=0,
+            created_at=now(),
+        )
+    )
+    for position, (name, (engine, recipe)) in enumerate(names.items()):
+        tx.connection.execute(
+            insert(Variant).values(
+                id=new_id("var"),
+                tenant_id=tenant_id,
+                job_id=job_id,
+                position=position,
+                name=name,
+                engine=engine,
+                recipe=recipe,
+                state=VariantState.PENDING,
+                created_at=now(),
+            )
+        )
+    emit(tx, [job_id], "job", {"state": JobState.QUEUED})
+    add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
+    return Submission(job_id, is_new=True)
+
+
+def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: str, job_id: str) -> str | None:
+    """Take the key for `job_id`, or return the job that has it."""
+    from sqlalchemy.dialects import postgresql, sqlite
+
+    tx.connection.execute(
+        delete(IdempotencyKey).where(
+            IdempotencyKey.tenant_id == tenant_id,
+            IdempotencyKey.key == key,
+            IdempotencyKey.created_at < now(-IDEMPOTENCY_S),
+        )
+    )
+    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
+    inserted = tx.connection.execute(
+        dialect_insert(IdempotencyKey)
+        .values(tenant_id=tenant_id, key=key, request_digest=digest, job_id=job_id, created_at=now())
+        .on_conflict_do_nothing()
+    )
+    if inserted.rowcount == 1:
+        return None
+    row = tx.connection.execute(
+        select(IdempotencyKey.request_digest, IdempotencyKey.job_id).where(
+            IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key
+        )
+    ).one()
+    if row.request_digest != digest:
+        raise IdempotencyMismatch(
+            f"The Idempotency-Key {key!r} was used for another request. Use a fresh key for a new request.", key=key
+        )
+    return str(row.job_id)
+
+
+@writes
+def cancel_job(tx: Transaction, tenant_id: str, job_id: str) -> bool:
+    """Cancel a job and every step that only it wants; return False when it was cancelled already.
+
+    Raises `NotFound`, and `Conflict` when the job has ended otherwise.
+    """
+    state = _lock_job(tx, tenant_id, job_id).state
+    if state == JobState.CANCELLED:
+        return False
+    if state in FINAL_JOB_STATES:
+        raise Conflict(f"Job {job_id} has already ended ({state}); there is nothing to cancel.", state=state)
+    tx.connection.execute(
+        update(Variant)
+        .where(Variant.job_id == job_id, Variant.state.in_([VariantState.PENDING, VariantState.RUNNING]))
+        .values(state=VariantState.CANCELLED, finalized_at=now())
+    )
+    tx.connection.execute(
+        update(Job).where(Job.id == job_id).values(state=JobState.CANCELLED, finalized_at=now())
+    )
+    emit(tx, [job_id], "job", {"state": JobState.CANCELLED})
+    drop_unwanted_steps(tx, job_id)
+    return True
+
+
+@writes
+def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
+    """Open an ended job again for the variants that did not succeed.
+
+    Work that succeeded is kept. A checkpoint whose plan succeeded is planned again; otherwise the source is
+    looked at afresh. Raises `NotFound`, and `Conflict` when the job is live or has nothing to retry.
+    """
+    job = _lock_job(tx, tenant_id, job_id)
+    if job.state not in FINAL_JOB_STATES:
+        raise Conflict(f"Job {job_id} is {job.state}; only an ended job can be retried.", state=job.state)
+    if job.state == JobState.SUCCEEDED:
+        raise Conflict(f"Job {job_id} succeeded; there is nothing to retry.", state=job.state)
+    request = parse_request(job.request)
+    tx.connection.execute(
+        update(Variant)
+        .where(Variant.job_id == job_id, Variant.state != VariantState.SUCCEEDED)
+        .values(state=VariantState.PENDING, error=None, finalized_at=None)
+    )
+    steps = _supersede_failed_steps(tx, job_id)
+    tx.connection.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED, finalized_at=None))
+    emit(tx, [job_id], "job", {"state": JobState.QUEUED})
+    if steps.get("plan", StepState.FAILED) == StepState.SUCCEEDED:
+        fetch_id, figures = _succeeded_fetch(tx, job_id)
+        digest = figures["checkpoint_digest"]
+        add_steps(tx, job_id, [plan_spec(request)], NO_TOOLCHAIN, {"fetch": fetch_id}, digest)
+    else:
+        add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
+    recompute_job(tx, job_id)
+
+
+def _lock_job(tx: Transaction, tenant_id: str, job_id: str) -> Any:
+    locks.lock_jobs(tx, [job_id])
+    row = tx.connection.execute(
+        select(Job.state, Job.request).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no job {job_id!r}. `edgekiln jobs` lists those there are.", job_id=job_id)
+    return row
+
+
+def _supersede_failed_steps(tx: Transaction, job_id: str) -> dict[str, str]:
+    """Set aside the steps that a retry replaces; return the last state of each kind.
+
+    Those are all that did not succeed, and the succeeded preludes: a retry pins and plans anew.
+    """
+    last_state: dict[str, str] = {}
+    for row in tx.connection.execute(
+        select(Step.id, Step.kind, Step.state, Step.shared)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
+        .order_by(JobStep.position)
+    ).all():
+        last_state[row.kind] = row.state
+        if row.state != StepState.SUCCEEDED or row.kind in ("resolve", "plan"):
+            tx.connection.execute(
+                update(JobStep)
+                .where(JobStep.job_id == job_id, JobStep.step_id == row.id)
+                .values(superseded=True)
+            )
+    return last_state
+
+
+def _succeeded_fetch(tx: Transaction, job_id: str) -> tuple[str, dict[str, Any]]:
+    row = tx.connection.execute(
+        select(Step.id, Step.figures)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(JobStep.job_id == job_id, Step.kind == "fetch", Step.state == StepState.SUCCEEDED)
+        .order_by(JobStep.position.desc())
+        .limit(1)
+    ).one()
+    return row.id, row.figures

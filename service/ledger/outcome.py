@@ -1,0 +1,71 @@
+"""What a variant's and a job's state is, given the states of their steps. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.errors import GateRefused
+from service.ledger.states import (
+    FINAL_STEP_STATES,
+    FINAL_VARIANT_STATES,
+    JobState,
+    StepState,
+    VariantState,
+)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """The part of a linked step that decides states."""
+
+    kind: str
+    state: str
+    error: Mapping[str, Any] | None
+    #: A worker has claimed it for this job's sake.
+    is_started: bool
+    #: Ids of the variants it serves; empty when it serves the whole job.
+    variant_ids: frozenset[str]
+
+
+def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantState, Mapping[str, Any] | None]:
+    """Return a variant's state and, when it did not succeed, the error at the root.
+
+    Benchmarks do not decide: a publication waits for one only through the graph, when a gate names its figure.
+    """
+    prelude = [step for step in steps if not step.variant_ids]
+    own = [step for step in steps if variant_id in step.variant_ids and step.kind != "benchmark"]
+    failure = _root_error(prelude) or _root_error(own)
+    has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in own)
+    if not own and not failure:
+        return VariantState.PENDING, None
+    if any(step.state not in FINAL_STEP_STATES for step in own):
+        return (VariantState.RUNNING if has_started else VariantState.PENDING), None
+    if failure is None:
+        return VariantState.SUCCEEDED, None
+    is_refusal = failure.get("code") == GateRefused.code
+    return (VariantState.REFUSED if is_refusal else VariantState.FAILED), failure
+
+
+def judge_job(variant_states: Sequence[str], steps: Sequence[StepView]) -> JobState:
+    """Return a job's state from its variants and steps."""
+    if any(state not in FINAL_VARIANT_STATES for state in variant_states) or any(
+        step.state not in FINAL_STEP_STATES for step in steps
+    ):
+        has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in steps)
+        return JobState.RUNNING if has_started else JobState.QUEUED
+    succeeded = sum(state == VariantState.SUCCEEDED for state in variant_states)
+    if succeeded == 0:
+        return JobState.FAILED
+    is_measured = all(step.state == StepState.SUCCEEDED for step in steps if step.kind == "benchmark")
+    return JobState.SUCCEEDED if succeeded == len(variant_states) and is_measured else JobState.PARTIAL
+
+
+def _root_error(steps: Iterable[StepView]) -> Mapping[str, Any] | None:
+    """The first failure that is nobody else's consequence."""
+    failed = [step for step in steps if step.state in (StepState.FAILED, StepState.CANCELLED)]
+    failed.sort(key=lambda step: step.state != StepState.FAILED)
+    for step in failed:
+        return step.error or {"code": "cancelled", "message": "Cancelled.", "retryable": False, "details": {}}
+    return None

@@ -1,0 +1,157 @@
+"""The graph of a job: from what is asked and what is known to steps. Pure.
+
+A job's graph is written in three parts, as facts arrive: `expand_submitted` with the request,
+`expand_resolved` when the source is pinned, `expand_planned` when the checkpoint's facts are known. The
+ledger turns the `StepSpec`s into rows (`service.ledger.graph`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from service import gates
+from service.requests import JobRequest
+
+#: Step kind -> resource class (and Celery queue).
+RESOURCE_CLASSES: dict[str, str] = {
+    "resolve": "fetch",
+    "fetch": "fetch",
+    "plan": "light",
+    "reference": "light",
+    "convert": "convert",
+    "quantize": "light",
+    "bundle": "light",
+    "verify": "light",
+    "benchmark": "device",
+    "publish": "light",
+}
+
+#: Kinds that are shared across variants, jobs and time; the others belong to one job.
+SHARED_KINDS = frozenset({"fetch", "reference", "convert", "quantize", "bundle", "verify"})
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """A step that a job needs."""
+
+    #: Unique within the job, e.g. `bundle:dynamic_int8:task`.
+    name: str
+    kind: str
+    params: Mapping[str, Any]
+    #: Input name -> name of the spec that makes it.
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    #: Names of the variants it serves; none for steps that serve the whole job.
+    variants: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other jobs of the tenant may join it."""
+        return self.kind in SHARED_KINDS
+
+    @property
+    def resource_class(self) -> str:
+        """What it needs to run."""
+        return RESOURCE_CLASSES[self.kind]
+
+
+def expand_submitted(request: JobRequest) -> list[StepSpec]:
+    """Return the first step of a new job."""
+    return [StepSpec("resolve", "resolve", {"source": request.source.model_dump(mode="json")})]
+
+
+def expand_resolved(request: JobRequest, source: Mapping[str, Any]) -> list[StepSpec]:
+    """Return what follows once `source` is pinned to an immutable revision."""
+    return [StepSpec("fetch", "fetch", {"source": dict(source)}), plan_spec(request)]
+
+
+def plan_spec(request: JobRequest) -> StepSpec:
+    """Return the job's own look at the checkpoint."""
+    params = {
+        "engines": list(request.engines),
+        "formats": list(request.formats),
+        "prefill_lengths": None if request.prefill_lengths is None else list(request.prefill_lengths),
+        "context_length": request.context_length,
+    }
+    return StepSpec("plan", "plan", params, inputs={"checkpoint": "fetch"})
+
+
+def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Mapping[str, Any]) -> list[StepSpec]:
+    """Return the rest of the graph, inputs before dependents.
+
+    `facts` are the figures of `plan`; `benchmark` holds the operator's protocol (`processes`).
+    """
+    lengths = {"prefill_lengths": list(facts["prefill_lengths"]), "context_length": facts["context_length"]}
+    specs: dict[str, StepSpec] = {}
+
+    def add(name: str, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str], variant: str) -> str:
+        known = specs.get(name)
+        variants = (*known.variants, variant) if known else (variant,)
+        specs[name] = StepSpec(name, kind, params, inputs, variants)
+        return name
+
+    for variant, (asked_engine, recipe) in request.variant_names.items():
+        engine = facts["engines"][asked_engine]
+        reference = add("reference", "reference", lengths, {"checkpoint": "fetch"}, variant)
+        convert = add(
+            f"convert:{engine}", "convert", {"engine": engine, **lengths}, {"checkpoint": "fetch"}, variant
+        )
+        quantize = add(f"quantize:{engine}:{recipe}", "quantize", {"recipe": recipe}, {"convert": convert}, variant)
+        artifacts = {"tflite": quantize}
+        proofs: dict[str, str] = {}
+        proof_inputs = {"checkpoint": "fetch", "reference": reference, "quantize": quantize}
+        # The graph is proven whatever the formats: a bundle's proof leans on it.
+        for kind in ("tflite", *(kind for kind in request.formats if kind != "tflite")):
+            bundle_inputs = {}
+            if kind != "tflite":
+                artifacts[kind] = add(
+                    f"bundle:{engine}:{recipe}:{kind}",
+                    "bundle",
+                    {"format": kind, "context_length": lengths["context_length"]},
+                    {"checkpoint": "fetch", "quantize": quantize},
+                    variant,
+                )
+                bundle_inputs = {"bundle": artifacts[kind]}
+            proofs[f"verify_{kind}"] = add(
+                f"verify:{engine}:{recipe}:{kind}",
+                "verify",
+                {"format": kind, "recipe": recipe, **lengths},
+                {**proof_inputs, **bundle_inputs},
+                variant,
+            )
+        measured = {
+            f"benchmark_{device}_{kind}": add(
+                f"benchmark:{variant}:{device}:{kind}",
+                "benchmark",
+                {"device": device, "format": kind, **benchmark, **_workload(facts)},
+                # Only a proven artifact is measured.
+                {"artifact": artifacts[kind], "verify": proofs[f"verify_{kind}"]},
+                variant,
+            )
+            for device in request.devices
+            for kind in request.formats
+        }
+        add(
+            f"publish:{variant}",
+            "publish",
+            {"formats": list(request.formats), "recipe": recipe, "engine": engine, "gates": request.gates},
+            {
+                "checkpoint": "fetch",
+                "convert": convert,
+                "reference": reference,
+                **{f"artifact_{kind}": artifacts[kind] for kind in request.formats},
+                **proofs,
+                # An absent device holds back a publication only when a gate names one of its figures.
+                **(measured if gates.needs_benchmark(request.gates) else {}),
+            },
+            variant,
+        )
+    return list(specs.values())
+
+
+def _workload(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens to prefill and to decode: the field's customary 256 and 128, or what the context holds."""
+    context = int(facts["context_length"])
+    prefill = min(256, context // 2)
+    return {"prefill_tokens": prefill, "decode_tokens": max(1, min(128, context - prefill - 1))}

@@ -1,0 +1,344 @@
+"""The ledger's tables.
+
+Owns the schema as Python sees it; `migrations/` owns it as the database sees it, and a test proves them
+equal. Rows are read and written with SQLAlchemy Core (no identity map), only inside `service.ledger`.
+Digests are full SHA-256 hex. `tenant_id` stands in every row that a tenant can see.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Float,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from service.ledger.clock import Instant
+from service.ledger.states import FINAL_JOB_STATES, FINAL_STEP_STATES, FINAL_VARIANT_STATES
+
+_DOCUMENT = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def _is_one_of(column: str, states: tuple[str, ...]) -> str:
+    names = ", ".join(f"'{state}'" for state in states)
+    return f"({column} IN ({names}))"
+
+
+def _finalized_check(states: tuple[str, ...]) -> str:
+    return f"{_is_one_of('state', states)} = (finalized_at IS NOT NULL)"
+
+
+class Base(DeclarativeBase):
+    """Common metadata, with constraint names that both databases and Alembic agree on."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {
+        dt.datetime: Instant(),
+        dict[str, Any]: _DOCUMENT,
+        list[Any]: _DOCUMENT,
+        int: BigInteger(),
+        float: Float(53),
+    }
+
+
+class Tenant(Base):
+    """Who owns work; nothing of one tenant is visible to another."""
+
+    __tablename__ = "tenants"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    created_at: Mapped[dt.datetime]
+
+
+class ApiKey(Base):
+    """A hashed key; the key itself is shown once, when it is made."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    #: First characters of the key, to find the row.
+    prefix: Mapped[str] = mapped_column(String(16), unique=True)
+    #: SHA-256 of the whole key; 32 random bytes need no slow hash.
+    key_digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[dt.datetime]
+    expires_at: Mapped[dt.datetime | None]
+    revoked_at: Mapped[dt.datetime | None]
+
+
+class Job(Base):
+    """One conversion request."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(_finalized_check(FINAL_JOB_STATES), name="finalized"),
+        Index("ix_jobs_tenant_created", "tenant_id", "created_at", "id"),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    #: The canonical `JobRequest`.
+    request: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16))
+    #: Higher runs first.
+    priority: Mapped[int] = mapped_column(default=0)
+    #: The pinned source, once `resolve` has run.
+    source: Mapped[dict[str, Any] | None]
+    #: Number of the last event; gapless because it is raised under the job's row lock.
+    event_count: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[dt.datetime]
+    finalized_at: Mapped[dt.datetime | None]
+
+
+class IdempotencyKey(Base):
+    """A client's promise that two submissions are one."""
+
+    __tablename__ = "idempotency_keys"
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    request_digest: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", deferrable=True, initially="DEFERRED"))
+    created_at: Mapped[dt.datetime]
+
+
+class Variant(Base):
+    """One cell of a job's matrix."""
+
+    __tablename__ = "variants"
+    __table_args__ = (
+        UniqueConstraint("job_id", "name"),
+        CheckConstraint(_finalized_check(FINAL_VARIANT_STATES), name="finalized"),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    #: Order in the request.
+    position: Mapped[int]
+    name: Mapped[str] = mapped_column(String(100))
+    #: As asked; `auto` is replaced when the plan is known.
+    engine: Mapped[str] = mapped_column(String(32))
+    recipe: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16))
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[dt.datetime]
+    finalized_at: Mapped[dt.datetime | None]
+
+
+class Host(Base):
+    """A machine that runs workers; its row is locked while one of them claims."""
+
+    __tablename__ = "hosts"
+    id: Mapped[str] = mapped_column(String(100), primary_key=True)
+    cores: Mapped[int]
+    memory_bytes: Mapped[int]
+
+
+class Worker(Base):
+    """A worker process."""
+
+    __tablename__ = "workers"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    host_id: Mapped[str] = mapped_column(ForeignKey("hosts.id"))
+    #: Resource class -> steps at once.
+    slots: Mapped[dict[str, Any]]
+    #: Package -> version, and step kind -> code revision.
+    toolchain: Mapped[dict[str, Any]]
+    toolchain_id: Mapped[str] = mapped_column(String(64))
+    #: `strong` or `weak`, with reasons.
+    isolation: Mapped[dict[str, Any]]
+    started_at: Mapped[dt.datetime]
+    heartbeat_at: Mapped[dt.datetime]
+
+
+class Step(Base):
+    """The unit of work."""
+
+    __tablename__ = "steps"
+    __table_args__ = (
+        CheckConstraint(_finalized_check(FINAL_STEP_STATES), name="finalized"),
+        CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="leased"),
+        # Equal keys are the same work, among those that live or have succeeded.
+        Index(
+            "uq_steps_shared_key",
+            "tenant_id",
+            "key",
+            unique=True,
+            postgresql_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
+            sqlite_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
+        ),
+        # What a claim reads: few rows, whatever the number of finished steps.
+        Index(
+            "ix_steps_due",
+            "resource_class",
+            "priority",
+            "queued_at",
+            postgresql_where=text("state IN ('queued', 'running')"),
+            sqlite_where=text("state IN ('queued', 'running')"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    kind: Mapped[str] = mapped_column(String(16))
+    key: Mapped[str] = mapped_column(String(64))
+    #: Whether other jobs of the tenant may join it.
+    shared: Mapped[bool]
+    params: Mapped[dict[str, Any]]
+    resource_class: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(String(16))
+    #: The highest priority of its live jobs.
+    priority: Mapped[int] = mapped_column(default=0)
+    #: Fencing token: raised by every claim, demanded by every later write.
+    token: Mapped[int] = mapped_column(default=0)
+    worker_id: Mapped[str | None] = mapped_column(ForeignKey("workers.id"))
+    lease_expires_at: Mapped[dt.datetime | None]
+    #: Set when a benchmark's tool starts: from here on the attempt is never repeated by itself.
+    pinned_at: Mapped[dt.datetime | None]
+    #: Not before this instant (a pause after a transient error).
+    run_after: Mapped[dt.datetime | None]
+    #: Crashes of its child and transient errors.
+    failure_count: Mapped[int] = mapped_column(default=0)
+    #: Workers lost in a row while they held it.
+    loss_count: Mapped[int] = mapped_column(default=0)
+    #: Last progress: `message`, `fraction`.
+    progress: Mapped[dict[str, Any] | None]
+    #: What the step found out; present when it succeeded.
+    figures: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    #: Toolchain and code revision that the key was made with.
+    toolchain_id: Mapped[str] = mapped_column(String(64))
+    revision: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[dt.datetime]
+    queued_at: Mapped[dt.datetime | None]
+    finalized_at: Mapped[dt.datetime | None]
+    #: Set when its blobs were given up; such a step is never joined.
+    retired_at: Mapped[dt.datetime | None]
+
+
+class StepInput(Base):
+    """An edge of the graph: `step_id` needs the outputs of `input_id` under `name`."""
+
+    __tablename__ = "step_inputs"
+    __table_args__ = (Index("ix_step_inputs_input", "input_id"),)
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    input_id: Mapped[str] = mapped_column(ForeignKey("steps.id"))
+
+
+class Blob(Base):
+    """Bytes in the object store; the row is never before the bytes."""
+
+    __tablename__ = "blobs"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    size_bytes: Mapped[int]
+    created_at: Mapped[dt.datetime]
+    #: Set by the sweep of unreferenced blobs; a commit refuses a condemned digest.
+    condemned_at: Mapped[dt.datetime | None]
+
+
+class StepOutput(Base):
+    """A file that a step made."""
+
+    __tablename__ = "step_outputs"
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
+    #: Relative path in the step's output folder.
+    name: Mapped[str] = mapped_column(String(500), primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    size_bytes: Mapped[int]
+
+
+class Attempt(Base):
+    """One claim of a step."""
+
+    __tablename__ = "attempts"
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
+    token: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    worker_id: Mapped[str] = mapped_column(ForeignKey("workers.id"))
+    state: Mapped[str] = mapped_column(String(16))
+    error: Mapped[dict[str, Any] | None]
+    isolation: Mapped[str | None] = mapped_column(String(16))
+    #: VmHWM, which counts mapped files.
+    peak_rss_bytes: Mapped[int | None]
+    #: Sampled RssAnon + RssShmem over the process tree.
+    peak_anon_bytes: Mapped[int | None]
+    #: Wall time of the child.
+    duration_s: Mapped[float | None]
+    log_digest: Mapped[str | None] = mapped_column(ForeignKey("blobs.digest"))
+    started_at: Mapped[dt.datetime]
+    finished_at: Mapped[dt.datetime | None]
+
+
+class JobStep(Base):
+    """A job's link to a step, of its own or shared."""
+
+    __tablename__ = "job_steps"
+    __table_args__ = (Index("ix_job_steps_step", "step_id"),)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
+    #: Order in the job's graph, for people.
+    position: Mapped[int]
+    #: The step had been made by an earlier request.
+    reused: Mapped[bool]
+    #: Replaced by a retry; kept for its log.
+    superseded: Mapped[bool] = mapped_column(default=False)
+
+
+class VariantStep(Base):
+    """Which variants a linked step serves."""
+
+    __tablename__ = "variant_steps"
+    __table_args__ = (Index("ix_variant_steps_step", "step_id"),)
+    variant_id: Mapped[str] = mapped_column(ForeignKey("variants.id"), primary_key=True)
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
+
+
+class Publication(Base):
+    """An artifact that became, or is about to become, visible: once per job, variant and kind."""
+
+    __tablename__ = "publications"
+    __table_args__ = (UniqueConstraint("variant_id", "kind"),)
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    variant_id: Mapped[str] = mapped_column(ForeignKey("variants.id"))
+    step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"))
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(300))
+    digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    size_bytes: Mapped[int]
+    #: Recorded before the manifest is uploaded and reused by a retry.
+    manifest_digest: Mapped[str] = mapped_column(String(64))
+    manifest: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[dt.datetime]
+    #: Set by the fenced finish; until then nobody sees the artifact.
+    published_at: Mapped[dt.datetime | None]
+
+
+class Event(Base):
+    """What happened to a job, in order."""
+
+    __tablename__ = "events"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    kind: Mapped[str] = mapped_column(String(32))
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[dt.datetime]

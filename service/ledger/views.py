@@ -1,0 +1,293 @@
+"""What readers see of the ledger: JSON documents, one consistent snapshot each. Writes nothing.
+
+Called by `service.api` and by `edgekiln logs` through it. Every function takes the tenant and finds nothing
+of another.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, and_, func, or_, select
+
+from service.errors import InvalidRequest, NotFound
+from service.ledger.database import reads
+from service.ledger.states import FINAL_JOB_STATES, JobState, StepState
+from service.ledger.tables import Attempt, Event, Job, JobStep, Publication, Step, Variant, VariantStep
+
+
+def _iso(instant: dt.datetime | None) -> str | None:
+    return None if instant is None else instant.isoformat()
+
+
+@reads
+def read_job(connection: Connection, tenant_id: str, job_id: str) -> dict[str, Any]:
+    """Return a job whole: request, variants with artifacts and figures, steps with attempts. Raises `NotFound`."""
+    job = _find_job(connection, tenant_id, job_id)
+    steps = _read_steps(connection, job_id)
+    variants = _read_variants(connection, job_id, steps)
+    return {
+        **_summary(job),
+        "request": job.request,
+        "source": job.source,
+        "variants": variants,
+        "steps": [{name: value for name, value in step.items() if name not in _INTERNAL} for step in steps],
+    }
+
+
+#: Fields of a step that its readers find elsewhere in the document.
+_INTERNAL = ("figures", "params", "variant_ids")
+
+
+def _find_job(connection: Connection, tenant_id: str, job_id: str) -> Any:
+    row = connection.execute(
+        select(Job.__table__).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no job {job_id!r}. `edgekiln jobs` lists those there are.", job_id=job_id)
+    return row
+
+
+def _summary(job: Any) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "state": job.state,
+        "is_final": job.state in FINAL_JOB_STATES,
+        "priority": job.priority,
+        "created_at": _iso(job.created_at),
+        "finalized_at": _iso(job.finalized_at),
+        "event_count": job.event_count,
+    }
+
+
+def _read_steps(connection: Connection, job_id: str) -> list[dict[str, Any]]:
+    attempts = defaultdict(list)
+    for row in connection.execute(
+        select(Attempt.__table__)
+        .join(JobStep, JobStep.step_id == Attempt.step_id)
+        .where(JobStep.job_id == job_id)
+        .order_by(Attempt.token)
+    ):
+        attempts[row.step_id].append(row)
+    serves = defaultdict(list)
+    for row in connection.execute(
+        select(VariantStep.step_id, VariantStep.variant_id)
+        .join(Variant, Variant.id == VariantStep.variant_id)
+        .where(Variant.job_id == job_id)
+        .order_by(Variant.position)
+    ):
+        serves[row.step_id].append(row.variant_id)
+    rows = connection.execute(
+        select(Step.__table__, JobStep.reused)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
+        .order_by(JobStep.position)
+    )
+    return [_step_document(row, attempts[row.id], serves[row.id]) for row in rows]
+
+
+def _step_document(row: Any, attempts: Sequence[Any], variant_ids: list[str]) -> dict[str, Any]:
+    last = attempts[-1] if attempts else None
+    return {
+        "id": row.id,
+        "kind": row.kind,
+        "key": row.key,
+        "state": row.state,
+        "reused": row.reused,
+        "attempts": len(attempts),
+        "duration_s": last.duration_s if last else None,
+        "peak_rss_bytes": last.peak_rss_bytes if last else None,
+        "peak_anon_bytes": last.peak_anon_bytes if last else None,
+        "isolation": last.isolation if last else None,
+        "progress": row.progress,
+        "error": row.error,
+        "created_at": _iso(row.created_at),
+        "started_at": _iso(last.started_at) if last else None,
+        "finalized_at": _iso(row.finalized_at),
+        "figures": row.figures,
+        "params": row.params,
+        "variant_ids": variant_ids,
+    }
+
+
+def _read_variants(connection: Connection, job_id: str, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    artifacts = defaultdict(list)
+    for row in connection.execute(
+        select(Publication.__table__)
+        .where(Publication.job_id == job_id, Publication.published_at.is_not(None))
+        .order_by(Publication.kind)
+    ):
+        artifacts[row.variant_id].append(_artifact_document(row))
+    return [
+        {
+            "id": row.id,
+            "name": row.name,
+            "engine": row.engine,
+            "recipe": row.recipe,
+            "state": row.state,
+            "error": row.error,
+            "artifacts": artifacts[row.id],
+            **_proof(row.id, steps),
+            "measurements": [
+                {"format": step["params"]["format"], **step["figures"]}
+                for step in steps
+                if step["kind"] == "benchmark" and step["figures"] and row.id in step["variant_ids"]
+            ],
+        }
+        for row in connection.execute(
+            select(Variant.__table__).where(Variant.job_id == job_id).order_by(Variant.position)
+        )
+    ]
+
+
+def _proof(variant_id: str, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The graph's parity, and the quality of the graph and of each bundle; None until they were measured."""
+    by_format = {
+        step["params"]["format"]: step["figures"]
+        for step in steps
+        if step["kind"] == "verify" and step["figures"] and variant_id in step["variant_ids"]
+    }
+    graph = by_format.get("tflite", {})
+    quality = graph.get("quality")
+    return {
+        "parity": graph.get("parity"),
+        "quality": quality
+        and {**quality, "by_format": {kind: figures.get("quality") for kind, figures in by_format.items()}},
+    }
+
+
+def _artifact_document(row: Any) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "kind": row.kind,
+        "sha256": row.digest,
+        "size_bytes": row.size_bytes,
+        "url": f"/v1/artifacts/{row.id}",
+        "manifest_sha256": row.manifest_digest,
+        "manifest_url": f"/v1/artifacts/{row.id}/manifest",
+        "published_at": _iso(row.published_at),
+    }
+
+
+@reads
+def list_jobs(
+    connection: Connection, tenant_id: str, *, states: Sequence[str] = (), limit: int = 50, before: str | None = None
+) -> list[dict[str, Any]]:
+    """Return jobs, newest first; `before` is the id of the last job of the page before."""
+    for state in states:
+        if state not in list(JobState):
+            raise InvalidRequest(f"There is no job state {state!r}. Known: {', '.join(JobState)}.", state=state)
+    statement = select(Job.__table__).where(Job.tenant_id == tenant_id)
+    if states:
+        statement = statement.where(Job.state.in_(states))
+    if before is not None:
+        last = _find_job(connection, tenant_id, before)
+        statement = statement.where(
+            or_(Job.created_at < last.created_at, and_(Job.created_at == last.created_at, Job.id < last.id))
+        )
+    rows = connection.execute(statement.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    for job_id, state, count in connection.execute(
+        select(Variant.job_id, Variant.state, func.count())
+        .where(Variant.job_id.in_([row.id for row in rows]))
+        .group_by(Variant.job_id, Variant.state)
+    ):
+        counts[job_id][state] = count
+    return [{**_summary(row), "request": row.request, "variant_states": counts[row.id]} for row in rows]
+
+
+@reads
+def read_events(connection: Connection, tenant_id: str, job_id: str, after: int, limit: int = 500) -> dict[str, Any]:
+    """Return a job's events with numbers above `after`, and whether the job has ended."""
+    job = _find_job(connection, tenant_id, job_id)
+    rows = connection.execute(
+        select(Event.__table__)
+        .where(Event.job_id == job_id, Event.number > after)
+        .order_by(Event.number)
+        .limit(limit)
+    )
+    events = [
+        {"number": row.number, "kind": row.kind, "data": row.data, "created_at": _iso(row.created_at)} for row in rows
+    ]
+    last = events[-1]["number"] if events else after
+    return {"events": events, "is_final": job.state in FINAL_JOB_STATES and last >= job.event_count}
+
+
+@reads
+def list_logs(
+    connection: Connection, tenant_id: str, job_id: str, kind: str | None = None
+) -> list[dict[str, Any]]:
+    """Return where the logs of a job's attempts are: step, kind, attempt, state, error, blob digest."""
+    _find_job(connection, tenant_id, job_id)
+    statement = (
+        select(
+            Step.id,
+            Step.kind,
+            Attempt.token,
+            Attempt.state,
+            Attempt.error,
+            Attempt.log_digest,
+            Attempt.started_at,
+            Attempt.finished_at,
+        )
+        .join(Attempt, Attempt.step_id == Step.id)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(JobStep.job_id == job_id)
+        .order_by(JobStep.position, Attempt.token)
+    )
+    if kind is not None:
+        statement = statement.where(Step.kind == kind)
+    return [
+        {
+            "step_id": row.id,
+            "kind": row.kind,
+            "attempt": row.token,
+            "state": row.state,
+            "error": row.error,
+            "log_digest": row.log_digest,
+            "started_at": _iso(row.started_at),
+            "finished_at": _iso(row.finished_at),
+        }
+        for row in connection.execute(statement)
+    ]
+
+
+@reads
+def read_artifact(connection: Connection, tenant_id: str, artifact_id: str) -> dict[str, Any]:
+    """Return a published artifact with its manifest text; raises `NotFound`."""
+    row = connection.execute(
+        select(Publication.__table__).where(
+            Publication.id == artifact_id,
+            Publication.tenant_id == tenant_id,
+            Publication.published_at.is_not(None),
+        )
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no artifact {artifact_id!r}.", artifact_id=artifact_id)
+    return {**_artifact_document(row), "manifest": row.manifest}
+
+
+@reads
+def list_artifacts(connection: Connection, tenant_id: str, job_id: str) -> list[dict[str, Any]]:
+    """Return a job's published artifacts with their variants' names."""
+    _find_job(connection, tenant_id, job_id)
+    rows = connection.execute(
+        select(Publication.__table__, Variant.name.label("variant"))
+        .join(Variant, Variant.id == Publication.variant_id)
+        .where(Publication.job_id == job_id, Publication.published_at.is_not(None))
+        .order_by(Variant.position, Publication.kind)
+    )
+    return [{**_artifact_document(row), "variant": row.variant} for row in rows]
+
+
+@reads
+def count_due_steps(connection: Connection) -> dict[str, int]:
+    """Return resource class -> queued steps."""
+    rows = connection.execute(
+        select(Step.resource_class, func.count()).where(Step.state == StepState.QUEUED).group_by(Step.resource_class)
+    )
+    return {resource_class: count for resource_class, count in rows}

@@ -1,0 +1,483 @@
+"""What workers do to steps: claim, keep, finish, fail, give back. Each is one transaction.
+
+Called by `workers.runner` only. Every write after the claim is fenced by the claim's token: when the lease
+was lost, `LeaseLost` is raised and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, and_, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.errors import BlobCondemned, ChildCrashed, EdgeKilnError, LeaseLost, Parked, StepLost
+from service.ledger import locks
+from service.ledger.clock import now
+from service.ledger.database import StaleView, Transaction, reads, writes
+from service.ledger.events import emit
+from service.ledger.graph import add_steps
+from service.ledger.keys import Toolchain
+from service.ledger.moves import close_attempt, live_job_ids, move_step, recompute_job, settle
+from service.ledger.plan import expand_planned, expand_resolved
+from service.ledger.states import FINAL_VARIANT_STATES, AttemptState, StepEvent, StepState
+from service.ledger.tables import (
+    Attempt,
+    Blob,
+    Job,
+    JobStep,
+    Publication,
+    Step,
+    StepInput,
+    StepOutput,
+    Variant,
+    Worker,
+)
+from service.requests import parse_request
+
+#: How many due steps a claim looks at before it gives up to rivals.
+_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class LeasePolicy:
+    """The numbers of claiming; see `service.settings.Settings`."""
+
+    lease_s: float
+    benchmark_patience_s: float
+    max_failures: int
+    max_losses: int
+    retry_pause_s: float
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of a step, in the store under its digest."""
+
+    name: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class ClaimInput:
+    """What a claimed step may read of one input."""
+
+    step_id: str
+    kind: str
+    key: str
+    params: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    outputs: tuple[OutputFile, ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A timed hold on a step."""
+
+    step_id: str
+    token: int
+    worker_id: str
+    tenant_id: str
+    kind: str
+    key: str
+    params: Mapping[str, Any]
+    resource_class: str
+    toolchain_id: str
+    revision: str
+    #: The job that owns it, for kinds that are not shared.
+    job_id: str | None
+    inputs: Mapping[str, ClaimInput]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an attempt cost."""
+
+    duration_s: float | None = None
+    peak_rss_bytes: int | None = None
+    peak_anon_bytes: int | None = None
+    isolation: str | None = None
+    log: OutputFile | None = None
+
+
+@dataclass(frozen=True)
+class Success:
+    """What an attempt yields."""
+
+    figures: Mapping[str, Any]
+    outputs: Sequence[OutputFile] = ()
+    usage: Usage = field(default_factory=Usage)
+
+
+@writes
+def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: LeasePolicy) -> Claim | None:
+    """Claim the most urgent due step of a class that this worker's host may run now; None when there is none.
+
+    Due is what is queued, and what runs under an expired lease. The order is priority, then age.
+    """
+    worker = tx.connection.execute(select(Worker.host_id, Worker.slots).where(Worker.id == worker_id)).one()
+    locks.lock_host(tx, worker.host_id)
+    if not _has_room(tx, worker_id, worker.host_id, resource_class, worker.slots.get(resource_class, 0), policy):
+        return None
+    for step_id in _due_step_ids(tx, resource_class):
+        job_ids = locks.lock_step_with_jobs(tx, step_id)
+        if _end_hopeless(tx, step_id, job_ids, policy):
+            continue
+        claim = _take(tx, step_id, worker_id, policy.lease_s)
+        if claim is not None:
+            settle(tx, step_id, live_job_ids(tx, step_id))
+            return claim
+    return None
+
+
+def _has_room(
+    tx: Transaction, worker_id: str, host_id: str, resource_class: str, slots: int, policy: LeasePolicy
+) -> bool:
+    """Whether a step of this class may start here: slots of the worker, and a benchmark has the host to itself."""
+    running = tx.connection.execute(
+        select(Step.resource_class, Step.worker_id, func.count())
+        .join(Worker, Worker.id == Step.worker_id)
+        .where(Step.state == StepState.RUNNING, Step.lease_expires_at > now(), Worker.host_id == host_id)
+        .group_by(Step.resource_class, Step.worker_id)
+    ).all()
+    mine = sum(count for name, owner, count in running if name == resource_class and owner == worker_id)
+    if mine >= slots:
+        return False
+    if resource_class == "device":
+        return not running
+    if any(name == "device" for name, _, _ in running):
+        return False
+    # A benchmark that has waited long enough holds other work back until the host is idle.
+    impatient = select(Step.id).where(
+        Step.state == StepState.QUEUED,
+        Step.resource_class == "device",
+        Step.queued_at < now(-policy.benchmark_patience_s),
+    )
+    return tx.connection.execute(impatient.limit(1)).first() is None
+
+
+def _is_due() -> Any:
+    return or_(
+        and_(Step.state == StepState.QUEUED, or_(Step.run_after.is_(None), Step.run_after <= now())),
+        and_(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()),
+    )
+
+
+def _due_step_ids(tx: Transaction, resource_class: str) -> list[str]:
+    rows = tx.connection.execute(
+        select(Step.id)
+        .where(Step.resource_class == resource_class, _is_due())
+        .order_by(Step.priority.desc(), Step.queued_at, Step.id)
+        .limit(_CANDIDATES)
+    )
+    return list(rows.scalars())
+
+
+def _end_hopeless(tx: Transaction, step_id: str, job_ids: Sequence[str], policy: LeasePolicy) -> bool:
+    """End a step whose holder vanished and which must not be taken over; return whether it was ended."""
+    row = tx.connection.execute(
+        select(Step.kind, Step.token, Step.pinned_at, Step.loss_count).where(
+            Step.id == step_id, Step.state == StepState.RUNNING, Step.lease_expires_at <= now()
+        )
+    ).one_or_none()
+    if row is None:
+        return False
+    error: EdgeKilnError
+    if row.pinned_at is not None:
+        error = StepLost(
+            f"The worker vanished while this {row.kind} was being measured. A measurement is never repeated by "
+            "itself; retry the job to measure again."
+        )
+    elif row.loss_count + 1 >= policy.max_losses:
+        error = Parked(
+            f"This {row.kind} step lost {policy.max_losses} workers in a row and was given up. "
+            "Look at the workers' logs, then retry the job."
+        )
+    else:
+        return False
+    close_attempt(tx, step_id, row.token, AttemptState.LOST, error=error.to_json())
+    move_step(tx, step_id, StepEvent.FAIL, token=row.token, error=error.to_json())
+    settle(tx, step_id, job_ids)
+    return True
+
+
+def _take(tx: Transaction, step_id: str, worker_id: str, lease_s: float) -> Claim | None:
+    before = tx.connection.execute(select(Step.state, Step.token).where(Step.id == step_id)).one()
+    was_running = before.state == StepState.RUNNING
+    if not move_step(
+        tx,
+        step_id,
+        StepEvent.CLAIM,
+        only_if=_is_due(),
+        token=before.token,
+        worker_id=worker_id,
+        lease_expires_at=now(lease_s),
+        run_after=None,
+        progress=None,
+        **({"loss_count": Step.loss_count + 1} if was_running else {}),
+    ):
+        return None
+    if was_running:
+        lost = StepLost("The lease ran out: the worker died or could not reach the ledger.").to_json()
+        close_attempt(tx, step_id, before.token, AttemptState.LOST, error=lost)
+    tx.connection.execute(update(Step).where(Step.id == step_id).values(token=before.token + 1))
+    tx.connection.execute(
+        insert(Attempt).values(
+            step_id=step_id,
+            token=before.token + 1,
+            worker_id=worker_id,
+            state=AttemptState.RUNNING,
+            started_at=now(),
+        )
+    )
+    return _read_claim(tx.connection, step_id, worker_id)
+
+
+def _read_claim(connection: Connection, step_id: str, worker_id: str) -> Claim:
+    step = connection.execute(select(Step.__table__).where(Step.id == step_id)).one()
+    job_id = None
+    if not step.shared:
+        job_id = connection.execute(select(JobStep.job_id).where(JobStep.step_id == step_id)).scalar_one()
+    return Claim(
+        step_id=step.id,
+        token=step.token,
+        worker_id=worker_id,
+        tenant_id=step.tenant_id,
+        kind=step.kind,
+        key=step.key,
+        params=step.params,
+        resource_class=step.resource_class,
+        toolchain_id=step.toolchain_id,
+        revision=step.revision,
+        job_id=job_id,
+        inputs=_read_inputs(connection, step_id),
+    )
+
+
+def _read_inputs(connection: Connection, step_id: str) -> dict[str, ClaimInput]:
+    inputs = {}
+    for row in connection.execute(
+        select(StepInput.name, Step.id, Step.kind, Step.key, Step.params, Step.figures)
+        .join(Step, Step.id == StepInput.input_id)
+        .where(StepInput.step_id == step_id)
+        .order_by(StepInput.name)
+    ).all():
+        outputs = connection.execute(
+            select(StepOutput.name, StepOutput.digest, StepOutput.size_bytes)
+            .where(StepOutput.step_id == row.id)
+            .order_by(StepOutput.name)
+        )
+        files = tuple(OutputFile(*output) for output in outputs)
+        inputs[row.name] = ClaimInput(row.id, row.kind, row.key, row.params, row.figures or {}, files)
+    return inputs
+
+
+@writes
+def extend_lease(tx: Transaction, claim: Claim, lease_s: float) -> None:
+    """Hold on for another `lease_s` seconds; raises `LeaseLost`."""
+    _fenced(tx, claim, lease_expires_at=now(lease_s))
+
+
+@reads
+def is_held(connection: Connection, claim: Claim) -> bool:
+    """Whether the claim still stands; False as soon as the step was cancelled or taken over."""
+    return (
+        connection.execute(
+            select(Step.id).where(Step.id == claim.step_id, Step.token == claim.token, Step.state == StepState.RUNNING)
+        ).first()
+        is not None
+    )
+
+
+@writes
+def pin_attempt(tx: Transaction, claim: Claim) -> None:
+    """Mark the point after which the attempt must never be repeated by itself; raises `LeaseLost`."""
+    _fenced(tx, claim, pinned_at=now())
+
+
+@writes
+def report_progress(tx: Transaction, claim: Claim, message: str, fraction: float | None) -> None:
+    """Store and announce how far a step is; raises `LeaseLost`."""
+    job_ids = live_job_ids(tx, claim.step_id)
+    locks.lock_jobs(tx, job_ids)
+    progress = {"message": message, "fraction": fraction}
+    _fenced(tx, claim, progress=progress)
+    emit(tx, job_ids, "progress", {"step_id": claim.step_id, "kind": claim.kind, **progress})
+
+
+def _fenced(tx: Transaction, claim: Claim, **values: Any) -> None:
+    held = and_(Step.id == claim.step_id, Step.token == claim.token, Step.state == StepState.RUNNING)
+    if tx.connection.execute(update(Step).where(held).values(**values)).rowcount != 1:
+        raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
+
+
+@writes
+def finish_step(
+    tx: Transaction, claim: Claim, success: Success, toolchain: Toolchain, benchmark: Mapping[str, Any]
+) -> None:
+    """Commit a step's outputs and figures, and everything that follows; outputs are in the store already.
+
+    `toolchain` and `benchmark` enter the steps that a `resolve` or `plan` brings about. Raises `LeaseLost`, and
+    `BlobCondemned` when an output is about to be swept and must be uploaded again.
+    """
+    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
+    if not move_step(
+        tx,
+        claim.step_id,
+        StepEvent.SUCCEED,
+        token=claim.token,
+        figures=dict(success.figures),
+        loss_count=0,
+        progress=None,
+        error=None,
+    ):
+        raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
+    log = [success.usage.log] if success.usage.log else []
+    _commit_blobs(tx, [*success.outputs, *log])
+    for output in success.outputs:
+        tx.connection.execute(
+            insert(StepOutput).values(
+                step_id=claim.step_id, name=output.name, digest=output.digest, size_bytes=output.size_bytes
+            )
+        )
+    close_attempt(tx, claim.step_id, claim.token, AttemptState.SUCCEEDED, **_usage_values(success.usage))
+    if claim.kind == "publish":
+        tx.connection.execute(
+            update(Publication).where(Publication.step_id == claim.step_id).values(published_at=now())
+        )
+    if claim.job_id is not None:
+        _expand(tx, claim, success.figures, toolchain, benchmark)
+    settle(tx, claim.step_id, job_ids)
+
+
+def _expand(
+    tx: Transaction, claim: Claim, figures: Mapping[str, Any], toolchain: Toolchain, benchmark: Mapping[str, Any]
+) -> None:
+    """Write the part of the job's graph that a finished `resolve` or `plan` makes known."""
+    if claim.kind not in ("resolve", "plan") or claim.job_id is None:
+        return
+    job_id = claim.job_id
+    request = parse_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
+    if claim.kind == "resolve":
+        tx.connection.execute(update(Job).where(Job.id == job_id).values(source=dict(figures["source"])))
+        add_steps(tx, job_id, expand_resolved(request, figures["source"]), toolchain, {}, None)
+        return
+    fetch = claim.inputs["checkpoint"]
+    open_variants = set(
+        tx.connection.execute(
+            select(Variant.name).where(Variant.job_id == job_id, Variant.state.not_in(FINAL_VARIANT_STATES))
+        ).scalars()
+    )
+    for asked, engine in figures["engines"].items():
+        tx.connection.execute(
+            update(Variant).where(Variant.job_id == job_id, Variant.engine == asked).values(engine=engine)
+        )
+    specs = [
+        spec for spec in expand_planned(request, figures, benchmark) if open_variants.intersection(spec.variants)
+    ]
+    add_steps(tx, job_id, specs, toolchain, {"fetch": fetch.step_id}, fetch.figures["checkpoint_digest"])
+
+
+def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
+    """Enter blobs that are in the store; refuse those that the sweep has condemned."""
+    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
+    by_digest = {file.digest: file for file in files}
+    for digest in sorted(by_digest):
+        tx.connection.execute(
+            dialect_insert(Blob)
+            .values(digest=digest, size_bytes=by_digest[digest].size_bytes, created_at=now())
+            .on_conflict_do_nothing()
+        )
+    locks.lock_blobs(tx, by_digest)
+    condemned = tx.connection.execute(
+        select(Blob.digest).where(Blob.digest.in_(sorted(by_digest)), Blob.condemned_at.is_not(None))
+    ).scalars().all()
+    if condemned:
+        raise BlobCondemned("An output is about to be swept from the store; upload it again.", digests=list(condemned))
+
+
+def _usage_values(usage: Usage) -> dict[str, Any]:
+    return {
+        "duration_s": usage.duration_s,
+        "peak_rss_bytes": usage.peak_rss_bytes,
+        "peak_anon_bytes": usage.peak_anon_bytes,
+        "isolation": usage.isolation,
+        "log_digest": usage.log.digest if usage.log else None,
+    }
+
+
+@writes
+def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage, policy: LeasePolicy) -> bool:
+    """Record a failed attempt; return whether the step will be tried again.
+
+    A retryable error queues the step again after a pause, until it has failed `max_failures` times. Raises
+    `LeaseLost`.
+    """
+    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
+    document = error.to_json()
+    is_retryable = bool(document["retryable"])
+    failures = tx.connection.execute(select(Step.failure_count).where(Step.id == claim.step_id)).scalar_one() + 1
+    tries_again = is_retryable and failures < policy.max_failures
+    if tries_again:
+        pause_s = policy.retry_pause_s * 2 ** (failures - 1)
+        moved = move_step(
+            tx,
+            claim.step_id,
+            StepEvent.RETRY_LATER,
+            token=claim.token,
+            failure_count=failures,
+            loss_count=0,
+            run_after=now(pause_s),
+            error=document,
+        )
+    else:
+        if document["code"] == ChildCrashed.code and policy.max_failures > 1:
+            parked = Parked(f"Given up after {failures} crashes. Last: {document['message']}", **document["details"])
+            document = parked.to_json()
+        moved = move_step(
+            tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document
+        )
+    if not moved:
+        raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
+    _commit_blobs(tx, [usage.log] if usage.log else [])
+    close_attempt(
+        tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(usage)
+    )
+    settle(tx, claim.step_id, job_ids)
+    return tries_again
+
+
+@writes
+def release_step(tx: Transaction, claim: Claim) -> None:
+    """Give a step back unharmed (the worker shuts down); never counted against it. No error when it is lost."""
+    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
+    if move_step(tx, claim.step_id, StepEvent.RELEASE, token=claim.token, progress=None):
+        close_attempt(tx, claim.step_id, claim.token, AttemptState.RELEASED)
+        settle(tx, claim.step_id, job_ids)
+
+
+@writes
+def record_usage(tx: Transaction, claim: Claim, usage: Usage) -> None:
+    """Keep what a cancelled or lost attempt cost, and its log; changes no state."""
+    _commit_blobs(tx, [usage.log] if usage.log else [])
+    tx.connection.execute(
+        update(Attempt)
+        .where(Attempt.step_id == claim.step_id, Attempt.token == claim.token)
+        .values(**_usage_values(usage))
+    )
+
+
+@writes
+def sweep(tx: Transaction, policy: LeasePolicy) -> list[str]:
+    """Return the resource classes with due work, after ending steps that nobody may take over."""
+    expired = tx.connection.execute(
+        select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()).order_by(Step.id)
+    ).scalars().all()
+    for step_id in expired:
+        job_ids = locks.lock_step_with_jobs(tx, step_id)
+        _end_hopeless(tx, step_id, job_ids, policy)
+    due = tx.connection.execute(select(Step.resource_class).where(_is_due()).distinct().order_by(Step.resource_class))
+    return list(due.scalars())

@@ -1,0 +1,176 @@
+"""What a job asks for: the `JobRequest` and its canonical form. Pure, apart from looking whether a folder exists.
+
+Called by `service.api` (REST bodies), `service.cli` (arguments) and `service.ledger` (stored requests).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from service import gates
+from service.errors import InvalidRequest, SourceNotFound
+from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES, require_known
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}")
+_CONFIG = ConfigDict(frozen=True, extra="forbid")
+
+
+class FolderSource(BaseModel):
+    """A checkpoint in a folder that the workers can read."""
+
+    model_config = _CONFIG
+    kind: Literal["folder"] = "folder"
+    path: str = Field(min_length=1, max_length=4096, description="Absolute path of the folder.")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if not Path(value).is_absolute() or "\0" in value:
+            raise ValueError(f"a folder source needs an absolute path, not {value!r}")
+        return value
+
+    @property
+    def label(self) -> str:
+        """A short name for artifacts."""
+        return Path(self.path).name or "model"
+
+
+class HubSource(BaseModel):
+    """A model repository of the Hugging Face Hub."""
+
+    model_config = _CONFIG
+    kind: Literal["hub"] = "hub"
+    repo: str = Field(description="Repository, e.g. `HuggingFaceTB/SmolLM-135M`.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit; the default branch if absent.")
+
+    @field_validator("repo")
+    @classmethod
+    def _repo_name(cls, value: str) -> str:
+        if not _HUB_NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a Hub repository: write OWNER/NAME")
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _revision_name(cls, value: str | None) -> str | None:
+        if value is not None and (not _HUB_REVISION.fullmatch(value) or ".." in value):
+            raise ValueError(f"{value!r} is not a branch, tag or commit")
+        return value
+
+    @property
+    def label(self) -> str:
+        """A short name for artifacts."""
+        return self.repo.rsplit("/", 1)[-1]
+
+
+Source = Annotated[FolderSource | HubSource, Field(discriminator="kind")]
+
+
+class JobRequest(BaseModel):
+    """One conversion request: a source, a matrix of variants, gates, devices."""
+
+    model_config = _CONFIG
+    source: Source
+    engines: tuple[str, ...] = Field(default=("auto",), min_length=1)
+    recipes: tuple[str, ...] = Field(default=("dynamic_int8",), min_length=1)
+    formats: tuple[str, ...] = Field(default=("litertlm",), min_length=1)
+    prefill_lengths: tuple[int, ...] | None = Field(
+        default=None, description="Prefill signatures in tokens; chosen from the context when absent."
+    )
+    context_length: int | None = Field(default=None, ge=2, le=1_048_576, description="KV cache length in tokens.")
+    devices: tuple[str, ...] = Field(default=(), description="Where to benchmark; none when empty.")
+    gates: dict[str, float] = Field(default_factory=dict, description="Thresholds beyond the default gates.")
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
+
+    @field_validator("engines", "recipes", "formats", "devices")
+    @classmethod
+    def _known(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        known = {"engines": ENGINES, "recipes": tuple(RECIPES), "formats": FORMATS, "devices": DEVICES}[info.field_name]
+        for name in value:
+            require_known(info.field_name[:-1], name, known)
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("prefill_lengths")
+    @classmethod
+    def _lengths(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        if not value or len(value) > 8 or any(length < 1 for length in value):
+            raise ValueError("give one to eight prefill lengths of at least 1 token")
+        return tuple(sorted(set(value)))
+
+    @field_validator("gates")
+    @classmethod
+    def _gates(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            require_known("gate", name, gates.GATES)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobRequest:
+        if self.context_length is not None:
+            for length in self.prefill_lengths or ():
+                if length > self.context_length:
+                    raise ValueError(f"prefill length {length} is larger than the context of {self.context_length} tokens")
+        if gates.needs_benchmark(self.gates) and not self.devices:
+            raise ValueError("a gate on a benchmark's figure needs a device to measure it on")
+        return self
+
+    @property
+    def variant_names(self) -> dict[str, tuple[str, str]]:
+        """Variant name -> (engine, recipe), in order; the engine is named only when the job has several."""
+        several = len(self.engines) > 1
+        return {
+            f"{engine}-{recipe}" if several else recipe: (engine, recipe)
+            for engine in self.engines
+            for recipe in self.recipes
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the canonical document."""
+        return self.model_dump(mode="json")
+
+
+def parse_request(document: Any) -> JobRequest:
+    """Check a JSON document whole and return the request; raises `InvalidRequest` naming every bad field."""
+    try:
+        return JobRequest.model_validate(document)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
+
+
+def invalid_request(errors: list[Any]) -> InvalidRequest:
+    """Turn a validator's findings into one sentence per field."""
+    problems = [
+        {
+            "field": ".".join(str(part) for part in item["loc"] if part not in ("body", "folder", "hub")),
+            "message": item["msg"].removeprefix("Value error, "),
+        }
+        for item in errors
+    ]
+    sentence = "; ".join(f"{problem['field'] or 'request'}: {problem['message']}" for problem in problems)
+    return InvalidRequest(f"The request cannot be used: {sentence}.", problems=problems)
+
+
+def parse_source(text: str) -> FolderSource | HubSource:
+    """Read a source as people write it: a folder, or `[hf://]OWNER/NAME[@REVISION]`.
+
+    Raises `SourceNotFound` when it is neither.
+    """
+    is_hub = text.startswith("hf://")
+    if not is_hub and Path(text).expanduser().is_dir():
+        return FolderSource(path=str(Path(text).expanduser().resolve()))
+    repo, _, revision = text.removeprefix("hf://").partition("@")
+    looks_like_path = not is_hub and (text.startswith((".", "/", "~")) or Path(text).expanduser().exists())
+    if looks_like_path or not _HUB_NAME.fullmatch(repo):
+        raise SourceNotFound(
+            f"{text!r} is neither a folder here nor a Hub repository. Give the folder that holds config.json, "
+            "or OWNER/NAME[@REVISION].",
+            source=text,
+        )
+    return HubSource(repo=repo, revision=revision or None)

@@ -1,0 +1,178 @@
+"""One frozen `Settings`, read from `EDGEKILN_*` environment variables and checked at start.
+
+Owns every tunable of the service and the workers, with its unit in its name. Nothing else reads the
+environment. Called once by each process's entry (`service.cli`, `service.api.app`, `workers.app`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import InvalidSettings
+
+_GIB = 1024**3
+
+
+class Settings(BaseSettings):
+    """What an operator may set; defaults are the embedded profile on one host."""
+
+    model_config = SettingsConfigDict(env_prefix="EDGEKILN_", frozen=True, extra="ignore")
+
+    #: Where the embedded profile keeps ledger, store, broker, work folders and logs.
+    data_dir: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("edgekiln")))
+    #: SQLAlchemy URL of the ledger; empty means SQLite in `data_dir`.
+    database_url: str = ""
+    #: Celery broker URL; empty means folders in `data_dir`.
+    broker_url: str = ""
+    #: `file:///...` or `s3://bucket/prefix`; empty means a folder in `data_dir`.
+    store_url: str = ""
+
+    #: Address and port of the API. Any address other than loopback requires API keys.
+    host: str = "127.0.0.1"
+    port: int = Field(default=8711, ge=0, le=65535)
+    #: Further names that the Host header may carry.
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    #: Folders below which a REST request may name a source.
+    source_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    #: Largest request body.
+    max_body_bytes: int = Field(default=1024**2, ge=1024)
+    #: Most variants (engines x recipes) one job may ask for.
+    max_variants: int = Field(default=256, ge=1)
+
+    #: How long a claim holds without a heartbeat; recovery of lost work takes this plus `sweep_s`.
+    lease_s: float = Field(default=30.0, gt=0)
+    #: How often a running step renews its lease.
+    heartbeat_s: float = Field(default=5.0, gt=0)
+    #: How often a running step looks whether it was cancelled.
+    cancel_poll_s: float = Field(default=0.5, gt=0)
+    #: How often every worker re-pokes whatever is due.
+    sweep_s: float = Field(default=10.0, gt=0)
+    #: How long a benchmark waits for an idle host before it holds back other work there.
+    benchmark_patience_s: float = Field(default=60.0, ge=0)
+    #: Fresh processes per benchmark.
+    benchmark_processes: int = Field(default=5, ge=1)
+    #: Transient errors or crashes of its child after which a step is given up.
+    max_failures: int = Field(default=3, ge=1)
+    #: Lost workers in a row after which a step is parked.
+    max_losses: int = Field(default=10, ge=1)
+    #: First pause before a failed step is tried again; doubles each time.
+    retry_pause_s: float = Field(default=5.0, ge=0)
+
+    #: Steps of each resource class that one worker runs at once.
+    fetch_slots: int = Field(default=2, ge=0)
+    convert_slots: int = Field(default=1, ge=0)
+    light_slots: int = Field(default_factory=lambda: max(1, os.cpu_count() or 1), ge=0)
+    device_slots: int = Field(default=1, ge=0)
+
+    #: Anonymous memory one step may use; 0 means nine tenths of the host's memory.
+    step_memory_bytes: int = Field(default=0, ge=0)
+    #: Longest time one step may run, by resource class.
+    fetch_deadline_s: float = Field(default=6 * 3600.0, gt=0)
+    convert_deadline_s: float = Field(default=6 * 3600.0, gt=0)
+    light_deadline_s: float = Field(default=2 * 3600.0, gt=0)
+    device_deadline_s: float = Field(default=2 * 3600.0, gt=0)
+
+    #: S3 endpoint, region and checksum behaviour; credentials come from boto3's own chain.
+    s3_endpoint_url: str = ""
+    s3_region: str = ""
+    s3_request_checksums: str = Field(default="when_required", pattern="^(when_required|when_supported)$")
+    #: Hugging Face Hub endpoint; empty means the client's own default (or `HF_ENDPOINT`).
+    hub_endpoint: str = Field(default_factory=lambda: os.environ.get("HF_ENDPOINT", ""))
+    #: Access token for the Hub; given to `fetch` children by pipe only.
+    hub_token: str = Field(default_factory=lambda: os.environ.get("HF_TOKEN", ""), repr=False)
+
+    @field_validator("allowed_hosts", "source_roots", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Environment lists are separated like PATH."""
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("source_roots")
+    @classmethod
+    def _resolved(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(root.expanduser().resolve() for root in value)
+
+    @model_validator(mode="after")
+    def _heartbeat_fits_lease(self) -> Settings:
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise ValueError("heartbeat_s must be at most half of lease_s, or one late heartbeat loses the step")
+        return self
+
+    @property
+    def ledger_url(self) -> str:
+        """The database URL in force."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'ledger.db'}"
+
+    @property
+    def object_store_url(self) -> str:
+        """The object store URL in force."""
+        return self.store_url or (self.data_dir / "store").as_uri()
+
+    @property
+    def work_dir(self) -> Path:
+        """Folder of the running steps' own folders."""
+        return self.data_dir / "work"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of partial downloads that a later attempt resumes."""
+        return self.data_dir / "cache"
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """Anonymous memory one step may use on this host."""
+        if self.step_memory_bytes:
+            return self.step_memory_bytes
+        total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total_bytes * 9 // 10
+
+    def slots(self) -> dict[str, int]:
+        """Steps of each resource class that one worker of this host runs at once."""
+        return {
+            "fetch": self.fetch_slots,
+            "convert": self.convert_slots,
+            "light": self.light_slots,
+            "device": self.device_slots,
+        }
+
+    def deadline_s(self, resource_class: str) -> float:
+        """Longest time one step of `resource_class` may run."""
+        return float(getattr(self, f"{resource_class}_deadline_s"))
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the variables that give a subprocess these same settings."""
+        variables: dict[str, str] = {}
+        for name, value in self.model_dump().items():
+            if isinstance(value, tuple):
+                text = os.pathsep.join(str(part) for part in value)
+            else:
+                text = str(value)
+            variables[f"EDGEKILN_{name.upper()}"] = text
+        return variables
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check the settings; `overrides` (from command-line flags) win over the environment.
+
+    Raises `InvalidSettings` with one line per bad setting.
+    """
+    try:
+        return Settings(**{name: value for name, value in (overrides or {}).items() if value is not None})
+    except ValidationError as error:
+        lines = [
+            f"EDGEKILN_{'_'.join(str(part) for part in item['loc']).upper() or 'SETTINGS'}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise InvalidSettings("Settings are not usable. " + "; ".join(lines)) from error
