@@ -32,6 +32,9 @@ TEXTS: tuple[str, ...] = (
 #: Prompts whose greedy continuation is compared token by token.
 PROMPTS: tuple[str, ...] = ("The harbour was", "12+7=", "def area(", "Q: Which month follows March?\nA:")
 
+#: Tokens left free for generation behind the prompts that nearly fill the context.
+LONG_PROMPT_FREE_TOKENS = (8, 1)
+
 #: Rows compared after each prefill chunk and at the end of the context.
 WINDOW_ROWS = 8
 #: Longest sequence that is fed through `decode` alone, in tokens.
@@ -66,6 +69,18 @@ class Case:
             "prefill_tokens": self.prefill_tokens,
             "prefill_length": self.prefill_length,
         }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One greedy continuation, of the source or of the artifact."""
+
+    #: New tokens, the stop token included when one was generated.
+    tokens: list[int]
+    #: How far each new token's logit stood above the second best.
+    margins: list[float]
+    #: Whether the last token is a stop token.
+    stopped: bool
 
 
 def build_cases(
@@ -105,6 +120,28 @@ def fill_context(
     if not tokens:
         raise ValueError("The tokenizer yields no token for any probe text.")
     return (tokens * (context_length // len(tokens) + 1))[:context_length]
+
+
+def first_line(text: str) -> str:
+    """Return what an answer is compared by: the text up to the first newline, stripped."""
+    return text.partition("\n")[0].strip()
+
+
+def fit_text(encode: Callable[[str], Tokens], limit_tokens: int) -> str:
+    """Return probe text of exactly `limit_tokens` tokens where characters allow it, never more."""
+    base = " ".join(TEXTS[:2]) + " "
+    tokens_each = max(1, len(encode(base)) // 2)
+    text = base * (max(1, limit_tokens) // tokens_each + 1)
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(encode(text[:middle])) <= limit_tokens:
+            low = middle
+        else:
+            high = middle - 1
+    text = text[:low]
+    candidates = [text, *(text + more for more in ("!", "!?", "!?!", "7", "7+", " z", "z!"))]
+    return max((each for each in candidates if len(encode(each)) <= limit_tokens), key=lambda each: len(encode(each)))
 
 
 def plan_chunks(tokens: int, prefill_lengths: Iterable[int]) -> list[tuple[int, int]]:

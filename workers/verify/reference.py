@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from service.errors import CheckpointInvalid, TokenizerUnsupported
 from workers.steps import Progress, run_by_hand
 from workers.verify import probe
+from workers.verify.probe import Generation
 
 #: Files that the step leaves behind.
 LOGITS_FILE = "reference.npz"
@@ -29,24 +30,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 #: Tokens generated for each fixed prompt, at most.
 GENERATED_TOKENS = 24
-#: Tokens left free for generation behind the prompt that nearly fills the context.
-LONG_PROMPT_FREE_TOKENS = 8
 #: Prompts of one batch; equal lengths only, so that no padding is needed.
 BATCH_PROMPTS = 64
 #: Room for a stop token and a little babble behind the longest answer.
 ANSWER_EXTRA_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One greedy continuation."""
-
-    #: New tokens, the stop token included when one was generated.
-    tokens: list[int]
-    #: How far each new token's logit stood above the second best.
-    margins: list[float]
-    #: Whether the last token is a stop token.
-    stopped: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def run(
         progress("source generations", 0.4)
         prompts = generate_prompts(source, context_length)
         progress("source accuracy", 0.6)
-        answers, limit_tokens = answer_evaluation(source, evaluation, context_length)
+        answers = answer_evaluation(source, evaluation, context_length)
     np.savez(output_dir / LOGITS_FILE, logits=logits)
     document = {
         "context_length": context_length,
@@ -94,7 +81,7 @@ def run(
         "cases": [case.to_json() for case in cases],
         "perplexity": probe.measure_perplexity(logits, cases),
         "prompts": prompts,
-        "evaluation": {"limit_tokens": limit_tokens, "answers": answers},
+        "evaluation": answers,
         "tokenizer_samples": sample_tokenizer(source),
     }
     text = json.dumps(document, ensure_ascii=True, indent=1, sort_keys=True, allow_nan=False)
@@ -105,7 +92,7 @@ def run(
 def describe_quality(document: Mapping[str, Any]) -> dict[str, float | int]:
     """Return the source's own quality figures; exact match only where the checkpoint has an evaluation."""
     figures: dict[str, float | int] = {"perplexity": document["perplexity"]}
-    answers = document["evaluation"]["answers"]
+    answers = document["evaluation"]
     if answers:
         figures["exact_match"] = sum(answer["is_correct"] for answer in answers) / len(answers)
         figures["exact_match_count"] = len(answers)
@@ -215,20 +202,22 @@ def generate(source: Source, prompts: Sequence[Sequence[int]], limit_tokens: int
 
 
 def generate_prompts(source: Source, context_length: int) -> list[dict[str, Any]]:
-    """Continue the fixed prompts and one that nearly fills the context."""
+    """Continue the fixed prompts and those that nearly fill the context."""
     texts = [text for text in probe.PROMPTS if 0 < len(source.encode(text)) < context_length]
-    long_text = fit_text(source.encode, context_length - LONG_PROMPT_FREE_TOKENS)
+    long_texts = [
+        probe.fit_text(source.encode, context_length - free_tokens) for free_tokens in probe.LONG_PROMPT_FREE_TOKENS
+    ]
     described = []
-    for text in [*texts, long_text]:
+    for text in [*texts, *long_texts]:
         tokens = source.encode(text)
-        is_long = text is long_text
+        fills_context = text in long_texts
         free_tokens = context_length - len(tokens)
-        limit_tokens = free_tokens if is_long else min(GENERATED_TOKENS, free_tokens)
+        limit_tokens = free_tokens if fills_context else min(GENERATED_TOKENS, free_tokens)
         generation = generate(source, [tokens], limit_tokens)[0]
         described.append(
             {
-                "text": text,
-                "fills_context": is_long,
+                "prompt": text,
+                "fills_context": fills_context,
                 "tokens": tokens,
                 "limit_tokens": limit_tokens,
                 "generated": generation.tokens,
@@ -239,27 +228,12 @@ def generate_prompts(source: Source, context_length: int) -> list[dict[str, Any]
     return described
 
 
-def fit_text(encode: Callable[[str], list[int]], limit_tokens: int) -> str:
-    """Return probe text of at most `limit_tokens` tokens and as near to it as whole characters allow."""
-    base = " ".join(probe.TEXTS[:2]) + " "
-    tokens_each = max(1, len(encode(base)) // 2)
-    text = base * (max(1, limit_tokens) // tokens_each + 1)
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(encode(text[:middle])) <= limit_tokens:
-            low = middle
-        else:
-            high = middle - 1
-    return text[:low]
-
-
 def answer_evaluation(
     source: Source, evaluation: Sequence[tuple[str, str]], context_length: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Answer every evaluation prompt greedily; also return the token limit that every artifact gets as well."""
+) -> list[dict[str, Any]]:
+    """Answer every evaluation prompt greedily, under the token limit that every artifact gets as well."""
     if not evaluation:
-        return [], 0
+        return []
     prompts = [source.encode(prompt) for prompt, _ in evaluation]
     longest_answer = max(len(source.encode(answer)) for _, answer in evaluation)
     limit_tokens = min(longest_answer + ANSWER_EXTRA_TOKENS, context_length - max(map(len, prompts)))
@@ -275,23 +249,20 @@ def answer_evaluation(
     for index, (prompt, answer) in enumerate(evaluation):
         generation = generations[index]
         kept = generation.tokens[:-1] if generation.stopped else generation.tokens
-        text = first_line(source.tokenizer.decode(kept, skip_special_tokens=True))
+        text = probe.first_line(source.tokenizer.decode(kept, skip_special_tokens=False))
         described.append(
             {
                 "prompt": prompt,
-                "answer": answer,
+                "answer": answer.strip(),
+                "limit_tokens": limit_tokens,
                 "tokens": prompts[index],
                 "generated": generation.tokens,
+                "margins": generation.margins,
                 "stopped": generation.stopped,
                 "is_correct": text == answer.strip(),
             }
         )
-    return described, limit_tokens
-
-
-def first_line(text: str) -> str:
-    """Return what an answer is compared by: the text up to the first newline, stripped."""
-    return text.partition("\n")[0].strip()
+    return described
 
 
 def group_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
