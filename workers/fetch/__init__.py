@@ -1,0 +1,1 @@
+"""From a source to a validated checkpoint: the steps resolve, fetch and plan."""
