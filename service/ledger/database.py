@@ -141,7 +141,9 @@ def _may_repeat(error: DBAPIError) -> bool:
 def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
-    engine = create_engine(url, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_size=10, max_overflow=20)
+    engine = create_engine(
+        url, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_size=10, max_overflow=20
+    )
 
     @event.listens_for(engine, "connect")
     def _prepare(raw: object, _record: object) -> None:

@@ -32,9 +32,7 @@ def register_worker(
     dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
     record = {"cores": cores, "memory_bytes": memory_bytes}
     tx.connection.execute(
-        dialect_insert(Host)
-        .values(id=host_id, **record)
-        .on_conflict_do_update(index_elements=["id"], set_=record)
+        dialect_insert(Host).values(id=host_id, **record).on_conflict_do_update(index_elements=["id"], set_=record)
     )
     worker_id = new_id("worker")
     tx.connection.execute(

@@ -146,8 +146,9 @@ def _insert_step(tx: Transaction, values: dict[str, Any], shared: bool) -> bool:
             index_elements=["tenant_id", "key"],
             index_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
         )
+        .returning(Step.id)
     )
-    return tx.connection.execute(statement).rowcount == 1
+    return tx.connection.execute(statement).first() is not None
 
 
 def _join_step(tx: Transaction, job: Any, key: str) -> str:

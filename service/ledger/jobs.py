@@ -103,8 +103,9 @@ def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: st
         dialect_insert(IdempotencyKey)
         .values(tenant_id=tenant_id, key=key, request_digest=digest, job_id=job_id, created_at=now())
         .on_conflict_do_nothing()
-    )
-    if inserted.rowcount == 1:
+        .returning(IdempotencyKey.key)
+    ).first()
+    if inserted is not None:
         return None
     row = tx.connection.execute(
         select(IdempotencyKey.request_digest, IdempotencyKey.job_id).where(
@@ -134,9 +135,7 @@ def cancel_job(tx: Transaction, tenant_id: str, job_id: str) -> bool:
         .where(Variant.job_id == job_id, Variant.state.in_([VariantState.PENDING, VariantState.RUNNING]))
         .values(state=VariantState.CANCELLED, finalized_at=now())
     )
-    tx.connection.execute(
-        update(Job).where(Job.id == job_id).values(state=JobState.CANCELLED, finalized_at=now())
-    )
+    tx.connection.execute(update(Job).where(Job.id == job_id).values(state=JobState.CANCELLED, finalized_at=now()))
     emit(tx, [job_id], "job", {"state": JobState.CANCELLED})
     drop_unwanted_steps(tx, job_id)
     return True
@@ -197,9 +196,7 @@ def _supersede_failed_steps(tx: Transaction, job_id: str) -> dict[str, str]:
         last_state[row.kind] = row.state
         if row.state != StepState.SUCCEEDED or row.kind in ("resolve", "plan"):
             tx.connection.execute(
-                update(JobStep)
-                .where(JobStep.job_id == job_id, JobStep.step_id == row.id)
-                .values(superseded=True)
+                update(JobStep).where(JobStep.job_id == job_id, JobStep.step_id == row.id).values(superseded=True)
             )
     return last_state
 

@@ -94,9 +94,7 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
     for variant, (asked_engine, recipe) in request.variant_names.items():
         engine = facts["engines"][asked_engine]
         reference = add("reference", "reference", lengths, {"checkpoint": "fetch"}, variant)
-        convert = add(
-            f"convert:{engine}", "convert", {"engine": engine, **lengths}, {"checkpoint": "fetch"}, variant
-        )
+        convert = add(f"convert:{engine}", "convert", {"engine": engine, **lengths}, {"checkpoint": "fetch"}, variant)
         quantize = add(f"quantize:{engine}:{recipe}", "quantize", {"recipe": recipe}, {"convert": convert}, variant)
         artifacts = {"tflite": quantize}
         proofs: dict[str, str] = {}

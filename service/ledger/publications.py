@@ -47,9 +47,7 @@ def record_publications(tx: Transaction, claim: Claim, drafts: Sequence[Draft]) 
     ).scalar_one()
     recorded = {
         row.kind: Draft(row.kind, row.name, row.digest, row.size_bytes, row.manifest_digest, row.manifest)
-        for row in tx.connection.execute(
-            select(Publication.__table__).where(Publication.variant_id == variant_id)
-        )
+        for row in tx.connection.execute(select(Publication.__table__).where(Publication.variant_id == variant_id))
     }
     for draft in drafts:
         if draft.kind in recorded:

@@ -43,9 +43,7 @@ _INTERNAL = ("figures", "params", "variant_ids")
 
 
 def _find_job(connection: Connection, tenant_id: str, job_id: str) -> Any:
-    row = connection.execute(
-        select(Job.__table__).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    ).one_or_none()
+    row = connection.execute(select(Job.__table__).where(Job.id == job_id, Job.tenant_id == tenant_id)).one_or_none()
     if row is None:
         raise NotFound(f"There is no job {job_id!r}. `edgekiln jobs` lists those there are.", job_id=job_id)
     return row
@@ -205,10 +203,7 @@ def read_events(connection: Connection, tenant_id: str, job_id: str, after: int,
     """Return a job's events with numbers above `after`, and whether the job has ended."""
     job = _find_job(connection, tenant_id, job_id)
     rows = connection.execute(
-        select(Event.__table__)
-        .where(Event.job_id == job_id, Event.number > after)
-        .order_by(Event.number)
-        .limit(limit)
+        select(Event.__table__).where(Event.job_id == job_id, Event.number > after).order_by(Event.number).limit(limit)
     )
     events = [
         {"number": row.number, "kind": row.kind, "data": row.data, "created_at": _iso(row.created_at)} for row in rows
@@ -218,9 +213,7 @@ def read_events(connection: Connection, tenant_id: str, job_id: str, after: int,
 
 
 @reads
-def list_logs(
-    connection: Connection, tenant_id: str, job_id: str, kind: str | None = None
-) -> list[dict[str, Any]]:
+def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | None = None) -> list[dict[str, Any]]:
     """Return where the logs of a job's attempts are: step, kind, attempt, state, error, blob digest."""
     _find_job(connection, tenant_id, job_id)
     statement = (

@@ -375,9 +375,7 @@ def _expand(
         tx.connection.execute(
             update(Variant).where(Variant.job_id == job_id, Variant.engine == asked).values(engine=engine)
         )
-    specs = [
-        spec for spec in expand_planned(request, figures, benchmark) if open_variants.intersection(spec.variants)
-    ]
+    specs = [spec for spec in expand_planned(request, figures, benchmark) if open_variants.intersection(spec.variants)]
     add_steps(tx, job_id, specs, toolchain, {"fetch": fetch.step_id}, fetch.figures["checkpoint_digest"])
 
 
@@ -392,9 +390,13 @@ def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
             .on_conflict_do_nothing()
         )
     locks.lock_blobs(tx, by_digest)
-    condemned = tx.connection.execute(
-        select(Blob.digest).where(Blob.digest.in_(sorted(by_digest)), Blob.condemned_at.is_not(None))
-    ).scalars().all()
+    condemned = (
+        tx.connection.execute(
+            select(Blob.digest).where(Blob.digest.in_(sorted(by_digest)), Blob.condemned_at.is_not(None))
+        )
+        .scalars()
+        .all()
+    )
     if condemned:
         raise BlobCondemned("An output is about to be swept from the store; upload it again.", digests=list(condemned))
 
@@ -437,15 +439,11 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
         if document["code"] == ChildCrashed.code and policy.max_failures > 1:
             parked = Parked(f"Given up after {failures} crashes. Last: {document['message']}", **document["details"])
             document = parked.to_json()
-        moved = move_step(
-            tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document
-        )
+        moved = move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document)
     if not moved:
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
     _commit_blobs(tx, [usage.log] if usage.log else [])
-    close_attempt(
-        tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(usage)
-    )
+    close_attempt(tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(usage))
     settle(tx, claim.step_id, job_ids)
     return tries_again
 
@@ -473,9 +471,13 @@ def record_usage(tx: Transaction, claim: Claim, usage: Usage) -> None:
 @writes
 def sweep(tx: Transaction, policy: LeasePolicy) -> list[str]:
     """Return the resource classes with due work, after ending steps that nobody may take over."""
-    expired = tx.connection.execute(
-        select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()).order_by(Step.id)
-    ).scalars().all()
+    expired = (
+        tx.connection.execute(
+            select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()).order_by(Step.id)
+        )
+        .scalars()
+        .all()
+    )
     for step_id in expired:
         job_ids = locks.lock_step_with_jobs(tx, step_id)
         _end_hopeless(tx, step_id, job_ids, policy)
