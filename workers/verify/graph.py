@@ -143,9 +143,7 @@ class Graph:
     def _require_known_inputs(self, path: Path) -> None:
         for signature in ("decode", *self._prefills.values()):
             names = set(self._inputs[signature])
-            unknown = sorted(
-                name for name in names - {"tokens", "input_pos", "mask"} if not _CACHE.fullmatch(name)
-            )
+            unknown = sorted(name for name in names - {"tokens", "input_pos", "mask"} if not _CACHE.fullmatch(name))
             missing = sorted({"tokens", "input_pos"} - names)
             if unknown or missing:
                 raise VerificationFailed(

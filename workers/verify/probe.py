@@ -26,7 +26,7 @@ TEXTS: tuple[str, ...] = (
     "def area(width, height):\n    return width * height\n",
     "Q: Which month follows March?\nA: April",
     "Übermorgen fährt der Zug nach Köln; le café était déjà fermé.",
-    "{\"name\": \"kiln\", \"temperature_c\": 1040, \"open\": false}",
+    '{"name": "kiln", "temperature_c": 1040, "open": false}',
 )
 
 #: Prompts whose greedy continuation is compared token by token.
@@ -111,9 +111,7 @@ def build_cases(
     return cases
 
 
-def fill_context(
-    encode: Callable[[str], Tokens], evaluation: Sequence[tuple[str, str]], context_length: int
-) -> Tokens:
+def fill_context(encode: Callable[[str], Tokens], evaluation: Sequence[tuple[str, str]], context_length: int) -> Tokens:
     """Return exactly `context_length` tokens of probe text, repeated as often as it takes."""
     text = "\n".join([*TEXTS, *(prompt + answer for prompt, answer in evaluation[:8])]) + "\n"
     tokens = encode(text)

@@ -49,9 +49,7 @@ class Source:
         return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
 
-def run(
-    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Answer the probe, the fixed prompts and the evaluation with the source; write `reference.npz` and `.json`.
 
     `params`: `context_length` in tokens, `prefill_lengths`. Raises `CheckpointInvalid` when `evaluation.jsonl`
@@ -132,14 +130,15 @@ def read_evaluation(path: Path) -> list[tuple[str, str]]:
 def open_source(checkpoint: Path) -> Source:
     """Open model and tokenizer from local files, without remote code, in float32 with eager attention."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-    ).eval()
+    )
+    model.eval()
     return Source(model, tokenizer, frozenset(find_stop_tokens(model, tokenizer)))
 
 

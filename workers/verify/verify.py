@@ -51,9 +51,7 @@ class Reference:
         return frozenset(self.document["stop_tokens"])
 
 
-def run(
-    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Run one artifact and return its figures; no file is written.
 
     `params`: `format`, `recipe`, `context_length` in tokens, `prefill_lengths`. `inputs`: `reference`, `quantize`
@@ -97,9 +95,7 @@ def load_reference(folder: Path) -> Reference:
     return Reference(document, cases, logits, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def prove_graph(
-    graph: Graph, reference: Reference, figures: Mapping[str, Any], progress: Progress
-) -> dict[str, Any]:
+def prove_graph(graph: Graph, reference: Reference, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Return accuracy and generation figures of a bare graph, run in the interpreter."""
 
     def answer(item: Mapping[str, Any]) -> Answer:
@@ -119,7 +115,7 @@ def prove_bundle(
             return runtime.answer(fit_prompt(item, runtime), item["limit_tokens"])
 
         def is_alike(item: Mapping[str, Any]) -> bool:
-            return runtime.encode(item["prompt"]) == item["tokens"]
+            return runtime.encode(str(item["prompt"])) == list(item["tokens"])
 
         proven = prove_answers(answer, is_alike, reference, figures, progress)
         progress("runtime against its own graph", 0.95)
