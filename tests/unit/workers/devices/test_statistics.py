@@ -1,0 +1,60 @@
+"""Figures and verdicts, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from workers.devices.statistics import Verdict, judge, percentiles, summarize, worst
+
+
+def test_summary_of_known_samples() -> None:
+    summary = summarize([10.0, 12.0, 11.0, 50.0, 9.0])
+    assert summary.median == 11.0
+    # Deviations from 11: 1, 1, 0, 39, 2.
+    assert summary.mad == 1.0
+    # Sorted: 9 10 11 12 50; rank 3.6.
+    assert summary.p90 == pytest.approx(12 + 0.6 * 38)
+    assert summary.spread == pytest.approx(1.4826 / 11)
+    assert summary.to_json()["samples"] == [10.0, 12.0, 11.0, 50.0, 9.0]
+
+
+@pytest.mark.parametrize("samples", [[], [1.0, math.nan], [math.inf]])
+def test_no_figure_is_made_of_nothing(samples: list[float]) -> None:
+    with pytest.raises(ValueError, match="No figure"):
+        summarize(samples)
+
+
+def test_percentiles_interpolate() -> None:
+    found = percentiles([float(value) for value in range(101)])
+    assert found == {"count": 101, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
+
+
+@pytest.mark.parametrize(
+    ("samples", "asked", "verdict"),
+    [
+        ([100.0, 101.0, 99.0, 100.5, 99.5], 5, Verdict.STABLE),
+        # One outlier in five does not move a robust spread.
+        ([100.0, 101.0, 99.0, 100.5, 20.0], 5, Verdict.STABLE),
+        ([100.0, 130.0, 70.0, 115.0, 85.0], 5, Verdict.NOISY),
+        ([100.0, 101.0, 99.0, 100.5], 5, Verdict.SHORT),
+        ([100.0, 100.0], 2, Verdict.SHORT),
+        ([100.0, 100.0, 0.0], 3, Verdict.DEAD),
+        ([100.0, None, 100.0], 3, Verdict.DEAD),
+        ([100.0, math.nan, 100.0], 3, Verdict.DEAD),
+        ([], 3, Verdict.DEAD),
+    ],
+)
+def test_verdicts(samples: list[float | None], asked: int, verdict: Verdict) -> None:
+    assert judge(samples, asked) is verdict
+
+
+def test_less_work_than_asked_is_short() -> None:
+    assert judge([100.0] * 5, 5, is_cut=True) is Verdict.SHORT
+
+
+def test_worst_verdict_wins() -> None:
+    assert worst([Verdict.STABLE, Verdict.SHORT, Verdict.NOISY]) is Verdict.SHORT
+    assert worst([Verdict.NOISY, Verdict.DEAD]) is Verdict.DEAD
+    assert worst([]) is Verdict.STABLE
