@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     #: S3 endpoint, region and checksum behaviour; credentials come from boto3's own chain.
     s3_endpoint_url: str = ""
     s3_region: str = ""
-    s3_request_checksums: str = Field(default="when_required", pattern="^(when_required|when_supported)$")
+    s3_request_checksums: Literal["when_required", "when_supported"] = "when_required"
     #: Hugging Face Hub endpoint; empty means the client's own default (or `HF_ENDPOINT`).
     hub_endpoint: str = Field(default_factory=lambda: os.environ.get("HF_ENDPOINT", ""))
     #: Access token for the Hub; given to `fetch` children by pipe only.

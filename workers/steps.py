@@ -53,9 +53,7 @@ def run_by_hand(function: StepFunction, description: str, argv: list[str] | None
     """Run one step function from a shell and print its figures as JSON; the exit code is 0 or 1."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--params", default="{}", help='JSON object, e.g. \'{"recipe": "dynamic_int8"}\'')
-    parser.add_argument(
-        "--input", action="append", default=[], metavar="NAME=DIR", help="an input folder; repeatable"
-    )
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=DIR", help="an input folder; repeatable")
     parser.add_argument("-o", "--output-dir", required=True, type=Path, help="folder for the outputs")
     arguments = parser.parse_args(argv)
     inputs: dict[str, Path] = {}

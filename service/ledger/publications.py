@@ -6,17 +6,18 @@ reuses it: whatever crashes in between, an artifact has one manifest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import and_, insert, select, update
+from sqlalchemy import Connection, and_, insert, select, update
 
 from service.errors import LeaseLost
 from service.ledger.clock import now
-from service.ledger.database import Transaction, writes
+from service.ledger.database import Transaction, reads, writes
 from service.ledger.keys import new_id
-from service.ledger.states import StepState
-from service.ledger.tables import Publication, Step, VariantStep
+from service.ledger.states import AttemptState, StepState
+from service.ledger.tables import Attempt, Job, Publication, Step, StepInput, StepOutput, Variant, VariantStep
 from service.ledger.work import Claim
 
 
@@ -31,6 +32,85 @@ class Draft:
     manifest_digest: str
     #: Canonical JSON text.
     manifest: str
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A step that an artifact descends from."""
+
+    kind: str
+    key: str
+    params: Mapping[str, Any]
+    revision: str
+    toolchain_id: str
+    figures: Mapping[str, Any]
+    #: Output name -> digest.
+    outputs: Mapping[str, str]
+    #: Input name -> key of the step that made it.
+    inputs: Mapping[str, str]
+    isolation: str | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a variant's artifacts come from."""
+
+    request: Mapping[str, Any]
+    source: Mapping[str, Any]
+    variant: str
+    #: Every step upstream of the publication, the earliest first.
+    ancestors: tuple[Ancestor, ...]
+
+
+@reads
+def read_provenance(connection: Connection, claim: Claim) -> Provenance:
+    """Return what a `publish` step's manifests tell of the way to its artifacts."""
+    variant, request, source = connection.execute(
+        select(Variant.name, Job.request, Job.source)
+        .join(Job, Job.id == Variant.job_id)
+        .join(VariantStep, VariantStep.variant_id == Variant.id)
+        .where(VariantStep.step_id == claim.step_id)
+    ).one()
+    found: dict[str, Ancestor] = {}
+
+    def visit(step_id: str) -> str:
+        """Add a step after its inputs; return its key."""
+        if step_id not in found:
+            edges = connection.execute(
+                select(StepInput.name, StepInput.input_id).where(StepInput.step_id == step_id).order_by(StepInput.name)
+            ).all()
+            inputs = {name: visit(input_id) for name, input_id in edges}
+            found[step_id] = _read_ancestor(connection, step_id, inputs)
+        return found[step_id].key
+
+    for _, supplier in sorted(claim.inputs.items()):
+        visit(supplier.step_id)
+    return Provenance(request, source or {}, variant, tuple(found.values()))
+
+
+def _read_ancestor(connection: Connection, step_id: str, inputs: Mapping[str, str]) -> Ancestor:
+    step = connection.execute(
+        select(Step.kind, Step.key, Step.params, Step.revision, Step.toolchain_id, Step.figures).where(
+            Step.id == step_id
+        )
+    ).one()
+    outputs = connection.execute(
+        select(StepOutput.name, StepOutput.digest).where(StepOutput.step_id == step_id).order_by(StepOutput.name)
+    )
+    isolation = connection.execute(
+        select(Attempt.isolation).where(Attempt.step_id == step_id, Attempt.state == AttemptState.SUCCEEDED)
+    ).scalar()
+    return Ancestor(
+        step.kind,
+        step.key,
+        step.params,
+        step.revision,
+        step.toolchain_id,
+        step.figures or {},
+        {name: digest for name, digest in outputs},
+        inputs,
+        isolation,
+    )
 
 
 @writes

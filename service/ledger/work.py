@@ -421,8 +421,9 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
     job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
     document = error.to_json()
     is_retryable = bool(document["retryable"])
-    failures = tx.connection.execute(select(Step.failure_count).where(Step.id == claim.step_id)).scalar_one() + 1
-    tries_again = is_retryable and failures < policy.max_failures
+    before = tx.connection.execute(select(Step.failure_count, Step.pinned_at).where(Step.id == claim.step_id)).one()
+    failures = before.failure_count + 1
+    tries_again = is_retryable and failures < policy.max_failures and before.pinned_at is None
     if tries_again:
         pause_s = policy.retry_pause_s * 2 ** (failures - 1)
         moved = move_step(
@@ -436,7 +437,7 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
             error=document,
         )
     else:
-        if document["code"] == ChildCrashed.code and policy.max_failures > 1:
+        if document["code"] == ChildCrashed.code and failures >= policy.max_failures > 1:
             parked = Parked(f"Given up after {failures} crashes. Last: {document['message']}", **document["details"])
             document = parked.to_json()
         moved = move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document)
@@ -469,17 +470,25 @@ def record_usage(tx: Transaction, claim: Claim, usage: Usage) -> None:
 
 
 @writes
-def sweep(tx: Transaction, policy: LeasePolicy) -> list[str]:
-    """Return the resource classes with due work, after ending steps that nobody may take over."""
-    expired = (
-        tx.connection.execute(
-            select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()).order_by(Step.id)
-        )
-        .scalars()
-        .all()
+def retire_step(tx: Transaction, step_id: str) -> None:
+    """Let nobody join a succeeded step again: its blobs are gone or damaged."""
+    locks.lock_step_with_jobs(tx, step_id)
+    tx.connection.execute(
+        update(Step).where(Step.id == step_id, Step.state == StepState.SUCCEEDED).values(retired_at=now())
     )
-    for step_id in expired:
+
+
+@reads
+def due_classes(connection: Connection) -> list[str]:
+    """Return the resource classes with due work."""
+    statement = select(Step.resource_class).where(_is_due()).distinct().order_by(Step.resource_class)
+    return list(connection.execute(statement).scalars())
+
+
+@writes
+def end_hopeless_steps(tx: Transaction, policy: LeasePolicy) -> None:
+    """End the steps whose workers vanished and that nobody may take over."""
+    statement = select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now())
+    for step_id in tx.connection.execute(statement.order_by(Step.id)).scalars().all():
         job_ids = locks.lock_step_with_jobs(tx, step_id)
         _end_hopeless(tx, step_id, job_ids, policy)
-    due = tx.connection.execute(select(Step.resource_class).where(_is_due()).distinct().order_by(Step.resource_class))
-    return list(due.scalars())

@@ -8,7 +8,7 @@ by `workers.runner` (inputs, outputs) and by `workers.publish`.
 from __future__ import annotations
 
 from service.storage.digests import check_stream, digest_bytes, digest_file, read_object
-from service.storage.factory import S3Options, open_store
+from service.storage.factory import S3Options, open_configured_store, open_store
 from service.storage.keys import blob_key, check_digest, check_key, manifest_key
 from service.storage.protocol import ObjectStore, StoredObject
 
@@ -23,6 +23,7 @@ __all__ = [
     "digest_bytes",
     "digest_file",
     "manifest_key",
+    "open_configured_store",
     "open_store",
     "read_object",
 ]

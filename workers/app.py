@@ -1,0 +1,50 @@
+"""Celery's entry: `celery -A workers.app worker --pool=threads ...` and `celery -A workers.app beat`.
+
+Importing this module makes no connection and no child; the worker process is built when Celery starts one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.signals import worker_init, worker_process_shutdown, worker_ready, worker_shutdown, worker_shutting_down
+
+from service.queue import Poker, make_app
+from service.settings import load_settings
+from workers.process import WorkerProcess
+from workers.tasks import register
+
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+_settings = load_settings()
+app = make_app(_settings)
+_processes: list[WorkerProcess] = []
+
+
+@worker_init.connect
+def _build(**_: Any) -> None:
+    process = WorkerProcess(_settings, Poker(app))
+    _processes.append(process)
+    register(app, process)
+
+
+@worker_ready.connect
+def _start(**_: Any) -> None:
+    for process in _processes:
+        process.start()
+
+
+@worker_shutting_down.connect
+def _shut_down(**_: Any) -> None:
+    # SIGTERM: running steps are given back now, so that Celery's warm shutdown has little to wait for.
+    for process in _processes:
+        process.shut_down()
+
+
+@worker_shutdown.connect
+@worker_process_shutdown.connect
+def _close(**_: Any) -> None:
+    while _processes:
+        _processes.pop().close()

@@ -1,0 +1,94 @@
+"""One worker process: what it is made of, from its start to its end.
+
+Owns registration, the sweep thread and the sandbox's life. Built by `workers.app` when Celery starts a worker;
+tests build one without Celery.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.errors import EdgeKilnError
+from service.ledger import access, fleet, work
+from service.ledger.database import Database, migrate
+from service.ledger.keys import Toolchain
+from service.settings import Settings
+from service.storage import open_configured_store
+from workers.catalog import PRELOADS, read_toolchain
+from workers.runner import Runner
+from workers.sandbox import Sandbox, probe_isolation
+
+log = logging.getLogger(__name__)
+
+
+def identify_host() -> str:
+    """Return a name that is the same for all workers of this host and differs from other hosts'."""
+    machine_id = Path("/etc/machine-id")
+    suffix = machine_id.read_text().strip()[:8] if machine_id.exists() else ""
+    return f"{platform.node()}-{suffix}".strip("-")
+
+
+class WorkerProcess:
+    """Everything a worker process holds; `close` gives running work back."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        poke: Callable[[Iterable[str]], None],
+        toolchain: Toolchain | None = None,
+    ) -> None:
+        self._settings = settings
+        migrate(settings.ledger_url)
+        self.database = Database(settings.ledger_url, poke)
+        access.ensure_tenant(self.database, access.DEFAULT_TENANT)
+        toolchain = toolchain or read_toolchain()
+        cores = os.cpu_count() or 1
+        self.worker_id = fleet.register_worker(
+            self.database,
+            identify_host(),
+            cores=cores,
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            slots=settings.slots(),
+            toolchain=toolchain,
+            isolation=probe_isolation().to_json(),
+        )
+        self.sandbox = Sandbox(PRELOADS, threads=cores)
+        settings.work_dir.mkdir(parents=True, exist_ok=True)
+        store = open_configured_store(settings)
+        self.runner = Runner(settings, self.database, store, self.sandbox, self.worker_id, toolchain, cores)
+        self._closed = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._sweeper.start()
+
+    def shut_down(self) -> None:
+        """Claim nothing more and give running steps back; returns at once."""
+        self.runner.shut_down()
+        self._closed.set()
+
+    def close(self) -> None:
+        """End the zygotes and give the connections back."""
+        self.shut_down()
+        self.sandbox.close()
+        self.database.close()
+
+    def _sweep(self) -> None:
+        """Poke whatever is due, for ever: lost messages and lost workers are repaired here."""
+        while True:
+            try:
+                fleet.beat_worker(self.database, self.worker_id)
+                work.end_hopeless_steps(self.database, self.runner.policy)
+                self.database.poke(work.due_classes(self.database))
+            except (SQLAlchemyError, EdgeKilnError) as error:
+                log.warning("sweep could not reach the ledger: %s", error)
+            if self._closed.wait(self._settings.sweep_s):
+                return

@@ -1,0 +1,135 @@
+"""Step `publish`: judge the gates, write the manifests, make the artifacts visible.
+
+Runs in the worker itself: it moves no user's bytes through a library. The artifacts' blobs are in the store
+already; here come the manifests, in an order that leaves one publication whatever crashes: the ledger records
+each manifest and its digest, the store receives it, and the caller's fenced finish makes it visible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service import gates
+from service.errors import GateRefused
+from service.ledger import publications, work
+from service.ledger.database import Database
+from service.ledger.keys import Toolchain, canonical_json
+from service.requests import parse_request
+from service.storage import ObjectStore, manifest_key
+
+#: Version of the manifest's layout: add fields, never rename them.
+MANIFEST_SCHEMA = "edgekiln/manifest/1"
+
+
+def publish(database: Database, store: ObjectStore, claim: work.Claim, toolchain: Toolchain) -> dict[str, Any]:
+    """Publish a variant's artifacts and return the figures of the step.
+
+    Raises `GateRefused` when a figure misses a gate, `LeaseLost`, and the store's errors (retryable).
+    """
+    # 1. judge
+    figures = collect_figures(claim)
+    verdicts = judge(claim.params, figures)
+    # 2. write the manifests and record them; those of an earlier attempt stay in force
+    provenance = publications.read_provenance(database, claim)
+    drafts = [_draft(kind, claim, provenance, toolchain, figures, verdicts) for kind in claim.params["formats"]]
+    drafts = publications.record_publications(database, claim, drafts)
+    # 3. upload
+    for draft in drafts:
+        store.put_bytes(manifest_key(draft.manifest_digest), draft.manifest.encode())
+    return {
+        "verdicts": verdicts,
+        "artifacts": [{"name": draft.name, "sha256": draft.digest} for draft in drafts],
+    }
+
+
+def collect_figures(claim: work.Claim) -> dict[str, dict[str, Any]]:
+    """Return the figures of the variant's proofs and, where a gate waits for them, of its benchmarks."""
+    return {
+        name: dict(supplier.figures)
+        for name, supplier in sorted(claim.inputs.items())
+        if supplier.kind in ("verify", "benchmark")
+    }
+
+
+def judge(params: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hold every format's figures against the gates; return the verdicts, or raise `GateRefused`."""
+    verdicts = gates.judge(params["recipe"], figures, params["gates"])
+    missed = [verdict for verdict in verdicts if not verdict.passed]
+    documents = [verdict.to_json() for verdict in verdicts]
+    if missed:
+        raise GateRefused(
+            " ".join(verdict.sentence for verdict in missed),
+            missed=[verdict.to_json() for verdict in missed],
+        )
+    return documents
+
+
+def _draft(
+    kind: str,
+    claim: work.Claim,
+    provenance: publications.Provenance,
+    toolchain: Toolchain,
+    figures: Mapping[str, Any],
+    verdicts: Sequence[Mapping[str, Any]],
+) -> publications.Draft:
+    (output,) = claim.inputs[f"artifact_{kind}"].outputs
+    request = parse_request(provenance.request)
+    name = f"{request.source.label}-{provenance.variant}.{kind}"
+    manifest = canonical_json(
+        {
+            "schema": MANIFEST_SCHEMA,
+            "artifact": {"name": name, "kind": kind, "sha256": output.digest, "size_bytes": output.size_bytes},
+            "source": provenance.source,
+            "checkpoint": _describe_checkpoint(claim.inputs["checkpoint"].figures),
+            "variant": {
+                "name": provenance.variant,
+                "engine": claim.params["engine"],
+                "recipe": claim.params["recipe"],
+                "prefill_lengths": claim.inputs["convert"].params["prefill_lengths"],
+                "context_length": claim.inputs["convert"].params["context_length"],
+            },
+            "steps": [_describe_step(step) for step in provenance.ancestors],
+            "toolchain": {"id": toolchain.id, "versions": dict(toolchain.versions)},
+            "isolation": _weakest(step.isolation for step in provenance.ancestors),
+            "proof": {"figures": figures, "gates": list(verdicts)},
+            "command": _repeat_command(kind, claim, provenance),
+        }
+    ).decode()
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    return publications.Draft(kind, name, output.digest, output.size_bytes, digest, manifest)
+
+
+def _describe_checkpoint(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {"digest": figures["checkpoint_digest"], "files": figures["files"]}
+
+
+def _describe_step(step: publications.Ancestor) -> dict[str, Any]:
+    return {
+        "kind": step.kind,
+        "key": step.key,
+        "params": step.params,
+        "inputs": step.inputs,
+        "outputs": step.outputs,
+        "revision": step.revision,
+        "toolchain_id": step.toolchain_id,
+    }
+
+
+def _weakest(levels: Any) -> str:
+    return "strong" if all(level == "strong" for level in levels) else "weak"
+
+
+def _repeat_command(kind: str, claim: work.Claim, provenance: publications.Provenance) -> str:
+    """The command that makes this artifact again."""
+    source = provenance.source
+    place = source["path"] if source.get("kind") == "folder" else f"hf://{source['repo']}@{source['revision']}"
+    lengths = claim.inputs["convert"].params
+    words = ["edgekiln", "convert", place, "-o", "out", "--engine", claim.params["engine"]]
+    words += ["--recipe", claim.params["recipe"], "--format", kind]
+    for length in lengths["prefill_lengths"]:
+        words += ["--prefill", str(length)]
+    words += ["--context", str(lengths["context_length"])]
+    return shlex.join(words)

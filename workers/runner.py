@@ -1,0 +1,250 @@
+"""Claim, inputs, child process, outputs, fenced finish: the only orchestration.
+
+    1. claim the most urgent due step of a class
+    2. copy its inputs from the store, checking every digest
+    3. run its function in a child, while a keeper holds the lease
+    4. upload what it made and its log
+    5. finish, fail or give back the step under the claim's token
+
+Called by `workers.tasks` from several threads at once. Owns the step folders below `Settings.work_dir`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from service.errors import (
+    BlobCorrupt,
+    BlobMissing,
+    EdgeKilnError,
+    LeaseLost,
+    RemoteError,
+    ToolchainChanged,
+    describe_bug,
+)
+from service.ledger import work
+from service.ledger.database import Database
+from service.ledger.keys import Toolchain
+from service.settings import Settings
+from service.storage import ObjectStore, blob_key, digest_file
+from workers.catalog import CATALOG
+from workers.keeper import LeaseKeeper
+from workers.publish import publish
+from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
+
+log = logging.getLogger(__name__)
+
+#: Progress is written to the ledger at most this often.
+_PROGRESS_S = 1.0
+
+
+class Runner:
+    """Runs steps for one worker process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        store: ObjectStore,
+        sandbox: Sandbox,
+        worker_id: str,
+        toolchain: Toolchain,
+        cores: int,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._store = store
+        self._sandbox = sandbox
+        self._worker_id = worker_id
+        self._toolchain = toolchain
+        self._benchmark = {"processes": settings.benchmark_processes, "threads": cores}
+        self._shutdown = threading.Event()
+        self.policy = work.LeasePolicy(
+            lease_s=settings.lease_s,
+            benchmark_patience_s=settings.benchmark_patience_s,
+            max_failures=settings.max_failures,
+            max_losses=settings.max_losses,
+            retry_pause_s=settings.retry_pause_s,
+        )
+
+    def shut_down(self) -> None:
+        """Stop claiming; running children are killed and their steps given back at once."""
+        self._shutdown.set()
+
+    def run_next(self, resource_class: str) -> bool:
+        """Claim and run one step of a class; return whether there was one."""
+        if self._shutdown.is_set():
+            return False
+        claim = work.claim_next(self._database, self._worker_id, resource_class, self.policy)
+        if claim is None:
+            return False
+        log.info("running %s %s (token %d)", claim.kind, claim.step_id, claim.token)
+        try:
+            self._run(claim)
+        finally:
+            # A slot, or the whole host, is free again: whoever found it taken must be woken.
+            self._database.poke(work.due_classes(self._database))
+        return True
+
+    def _run(self, claim: work.Claim) -> None:
+        step_dir = self._settings.work_dir / f"{claim.step_id}-{claim.token}"
+        usage = work.Usage()
+        try:
+            with LeaseKeeper(self._settings, self._database, claim) as keeper:
+                try:
+                    self._check_toolchain(claim)
+                    if claim.kind == "publish":
+                        figures = publish(self._database, self._store, claim, self._toolchain)
+                        success = work.Success(figures)
+                    else:
+                        result = self._run_child(claim, step_dir, keeper)
+                        usage = self._measure(result)
+                        if self._ended_by_us(claim, result, usage):
+                            return
+                        success = self._collect(result, usage, keeper)
+                    work.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
+                    log.info("finished %s %s", claim.kind, claim.step_id)
+                except LeaseLost:
+                    raise
+                except EdgeKilnError as error:
+                    self._fail(claim, error, usage)
+                except Exception as error:
+                    log.exception("bug in %s %s", claim.kind, claim.step_id)
+                    self._fail(claim, RemoteError(describe_bug(error)), usage)
+        except LeaseLost:
+            log.warning("lost %s %s; nothing was written", claim.kind, claim.step_id)
+        finally:
+            shutil.rmtree(step_dir, ignore_errors=True)
+
+    def _check_toolchain(self, claim: work.Claim) -> None:
+        is_current = (claim.toolchain_id, claim.revision) == (
+            self._toolchain.id,
+            self._toolchain.revisions.get(claim.kind, ""),
+        )
+        if claim.revision and not is_current:
+            raise ToolchainChanged(
+                f"This {claim.kind} step was planned for other tool versions than this worker has. "
+                "Retry the job to plan it anew; finished work is kept."
+            )
+
+    def _run_child(self, claim: work.Claim, step_dir: Path, keeper: LeaseKeeper) -> ChildResult:
+        code = CATALOG[claim.kind]
+        inputs = self._fetch_inputs(claim, step_dir, keeper)
+        if claim.kind == "fetch":
+            # A fresh checkpoint will be converted: import the converter meanwhile.
+            self._sandbox.warm("convert")
+        if code.is_pinned:
+            work.pin_attempt(self._database, claim)
+        return self._sandbox.run(
+            code.target,
+            self._params(claim),
+            inputs,
+            step_dir,
+            pool=code.pool,
+            network=code.network,
+            limits=Limits(
+                deadline_s=self._settings.deadline_s(claim.resource_class),
+                memory_bytes=self._settings.memory_limit_bytes,
+            ),
+            on_progress=self._reporter(claim, keeper),
+            should_stop=lambda: self._stop_reason(keeper),
+            credential=(self._settings.hub_token or None) if code.network else None,
+            poll_s=self._settings.cancel_poll_s / 2,
+        )
+
+    def _params(self, claim: work.Claim) -> dict[str, Any]:
+        """The step's parameters, and what only this host knows; the latter never enters a key."""
+        params = dict(claim.params)
+        if claim.kind == "fetch":
+            cache_dir = self._settings.cache_dir / "downloads" / claim.key
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            params["cache_dir"] = str(cache_dir)
+        if claim.kind in ("resolve", "fetch") and self._settings.hub_endpoint:
+            params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
+        return params
+
+    def _stop_reason(self, keeper: LeaseKeeper) -> StopReason | None:
+        if keeper.is_lost:
+            return StopReason.LEASE_LOST
+        return StopReason.SHUTDOWN if self._shutdown.is_set() else None
+
+    def _fetch_inputs(self, claim: work.Claim, step_dir: Path, keeper: LeaseKeeper) -> dict[str, Path]:
+        reads = CATALOG[claim.kind].reads
+        folders: dict[str, Path] = {}
+        for name, supplier in claim.inputs.items():
+            if reads is not None and name not in reads:
+                continue
+            folders[name] = step_dir / "inputs" / name
+            for output in supplier.outputs:
+                keeper.check()
+                path = folders[name] / output.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._store.get_file(blob_key(output.digest), path, output.digest)
+                except (BlobMissing, BlobCorrupt):
+                    # Nobody may join work whose bytes are gone; a retry makes it again.
+                    work.retire_step(self._database, supplier.step_id)
+                    raise
+        return folders
+
+    def _reporter(self, claim: work.Claim, keeper: LeaseKeeper) -> Callable[[str, float | None], None]:
+        last_s = 0.0
+
+        def report(message: str, fraction: float | None) -> None:
+            nonlocal last_s
+            if time.monotonic() - last_s < _PROGRESS_S or keeper.is_lost:
+                return
+            last_s = time.monotonic()
+            work.report_progress(self._database, claim, message, fraction)
+
+        return report
+
+    def _measure(self, result: ChildResult) -> work.Usage:
+        usage = work.Usage(
+            duration_s=result.duration_s,
+            peak_rss_bytes=result.peak_rss_bytes,
+            peak_anon_bytes=result.peak_anon_bytes,
+            isolation=result.isolation,
+        )
+        if not result.log_path.exists() or result.log_path.stat().st_size == 0:
+            return usage
+        return replace(usage, log=self._upload(result.log_path, "log.txt"))
+
+    def _ended_by_us(self, claim: work.Claim, result: ChildResult, usage: work.Usage) -> bool:
+        """Deal with a child that this worker stopped; return whether it did."""
+        if result.stopped is None:
+            return False
+        if result.stopped is StopReason.SHUTDOWN:
+            work.release_step(self._database, claim)
+            log.info("gave back %s %s", claim.kind, claim.step_id)
+        else:
+            log.info("stopped %s %s: cancelled or taken over", claim.kind, claim.step_id)
+        work.record_usage(self._database, claim, usage)
+        return True
+
+    def _collect(self, result: ChildResult, usage: work.Usage, keeper: LeaseKeeper) -> work.Success:
+        if result.error is not None:
+            raise result.error
+        outputs = []
+        for path in sorted(path for path in result.output_dir.rglob("*") if path.is_file()):
+            keeper.check()
+            outputs.append(self._upload(path, path.relative_to(result.output_dir).as_posix()))
+        return work.Success(result.figures or {}, outputs, usage)
+
+    def _upload(self, path: Path, name: str) -> work.OutputFile:
+        digest, size_bytes = digest_file(path)
+        self._store.put_file(blob_key(digest), path, digest)
+        return work.OutputFile(name, digest, size_bytes)
+
+    def _fail(self, claim: work.Claim, error: EdgeKilnError, usage: work.Usage) -> None:
+        document = error.to_json()
+        log.warning("%s %s failed: %s: %s", claim.kind, claim.step_id, document["code"], document["message"])
+        if work.fail_step(self._database, claim, error, usage, self.policy):
+            log.info("%s %s will be tried again", claim.kind, claim.step_id)
