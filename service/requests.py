@@ -116,7 +116,9 @@ class JobRequest(BaseModel):
         if self.context_length is not None:
             for length in self.prefill_lengths or ():
                 if length > self.context_length:
-                    raise ValueError(f"prefill length {length} is larger than the context of {self.context_length} tokens")
+                    raise ValueError(
+                        f"prefill length {length} is larger than the context of {self.context_length} tokens"
+                    )
         if gates.needs_benchmark(self.gates) and not self.devices:
             raise ValueError("a gate on a benchmark's figure needs a device to measure it on")
         return self

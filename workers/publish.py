@@ -45,26 +45,43 @@ def publish(database: Database, store: ObjectStore, claim: work.Claim, toolchain
     }
 
 
-def collect_figures(claim: work.Claim) -> dict[str, dict[str, Any]]:
-    """Return the figures of the variant's proofs and, where a gate waits for them, of its benchmarks."""
-    return {
-        name: dict(supplier.figures)
-        for name, supplier in sorted(claim.inputs.items())
-        if supplier.kind in ("verify", "benchmark")
+def collect_figures(claim: work.Claim) -> dict[str, Any]:
+    """Return the variant's proof: the worst figures over its formats, with its benchmarks' where a gate waits for them."""
+    suppliers = list(claim.inputs.values())
+    merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
+    benchmarks = [supplier.figures for supplier in suppliers if supplier.kind == "benchmark"]
+    if benchmarks:
+        merged["benchmark"] = merge_benchmarks(benchmarks)
+    return merged
+
+
+def merge_benchmarks(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the worst median of every gated figure over the benchmarks that measured it."""
+    worst: dict[str, Any] = {
+        "prefill_tokens_per_s": min,
+        "decode_tokens_per_s": min,
+        "ttft_s": max,
+        "peak_anon_bytes": max,
     }
+    merged = {}
+    for name, choose in worst.items():
+        measured = [figures[name] for figures in benchmarks if figures.get(name) is not None]
+        values = [value["median"] if isinstance(value, Mapping) else value for value in measured]
+        if values:
+            merged[name] = choose(values)
+    return merged
 
 
-def judge(params: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Hold every format's figures against the gates; return the verdicts, or raise `GateRefused`."""
+def judge(params: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Hold the variant's figures against its gates; return the verdicts, or raise `GateRefused`."""
     verdicts = gates.judge(params["recipe"], figures, params["gates"])
     missed = [verdict for verdict in verdicts if not verdict.passed]
-    documents = [verdict.to_json() for verdict in verdicts]
     if missed:
         raise GateRefused(
             " ".join(verdict.sentence for verdict in missed),
             missed=[verdict.to_json() for verdict in missed],
         )
-    return documents
+    return [verdict.to_json() for verdict in verdicts]
 
 
 def _draft(
