@@ -114,11 +114,38 @@ class HostNotAllowed(EdgeKilnError):
     http_status = 421
 
 
+class OriginNotAllowed(EdgeKilnError):
+    """A web page of another origin asked for a change."""
+
+    code = "origin_not_allowed"
+    http_status = 403
+
+
+class MethodNotAllowed(EdgeKilnError):
+    """The path exists, but not for this method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class RangeNotSatisfiable(EdgeKilnError):
+    """The byte range lies outside the artifact."""
+
+    code = "range_not_satisfiable"
+    http_status = 416
+
+
 class PayloadTooLarge(EdgeKilnError):
     """The request body exceeds the limit."""
 
     code = "payload_too_large"
     http_status = 413
+
+
+class DataDirBusy(Conflict):
+    """Another process serves this data directory; `details` says which, and at what URL."""
+
+    code = "data_dir_busy"
 
 
 class InvalidSettings(EdgeKilnError):
@@ -142,6 +169,7 @@ class SourceNotFound(EdgeKilnError):
     """No such folder, repository or revision."""
 
     code = "source_not_found"
+    http_status = 422
 
 
 class SourceUnavailable(EdgeKilnError):
