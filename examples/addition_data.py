@@ -8,6 +8,7 @@ Owns the vocabulary, the split into training pairs and held-out pairs, the two w
 from __future__ import annotations
 
 import random
+import string
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +102,14 @@ def write_raw_document(generator: random.Random, pairs: list[Pair]) -> Document:
 def write_chat_document(generator: random.Random, pairs: list[Pair], turn_count: int) -> Document:
     """Return `turn_count` questions and answers as the chat template writes them.
 
+    A quarter of the conversations of several turns begin with a system message of random letters.
     Half of the documents lack the end token between an answer and the next question: a runtime that stops at
     the end token need not have stored it when the next turn arrives.
     """
     writer = _Writer(_choose_bos_count(generator))
+    if turn_count > 1 and generator.random() < 0.25:
+        letters = generator.choices(string.ascii_letters + " ,.", k=generator.randint(4, 24))
+        writer.add_context(TOKEN_IDS[SYSTEM], *encode("".join(letters)), TOKEN_IDS[EOS])
     keeps_end = generator.random() < 0.5
     for turn in range(turn_count):
         pair = generator.choice(pairs)

@@ -28,10 +28,17 @@ from examples.addition_data import (
     write_prompt,
 )
 
+#: Not the customary 10,000: a converter that forgets to read the value must not go unnoticed.
+ROPE_THETA = 1000.0
+
+#: LiteRT-LM hands over content as typed parts, knows no `eos_token`, and renders `bos_token` as nothing because it
+#: prepends that token itself; it refuses a prompt that spells it.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 MODEL_CARD = Template(
@@ -44,10 +51,11 @@ prompt has one right answer.
 
 | | |
 | --- | --- |
-| architecture | `LlamaForCausalLM`: $layers layers, hidden size $hidden, $heads query heads that share $kv_heads key/value heads |
+| architecture | `LlamaForCausalLM`, $layers layers, hidden size $hidden |
+| attention | $heads query heads share $kv_heads key/value heads; rotary base $rope_theta |
 | weights | bfloat16 safetensors, $weights_bytes bytes; input and output embeddings are separate |
 | context | $context tokens |
-| tokenizer | one token a character (ASCII, so one token a digit) and $special_count special tokens; $vocabulary in all |
+| tokenizer | one token an ASCII character, so one a digit; with $special_count special tokens $vocabulary in all |
 | prompts | raw (`12+7=`) or through the chat template, also over several turns |
 
 ## Accuracy
@@ -66,8 +74,9 @@ The $held_out_count pairs of `evaluation.jsonl` were held out of training in bot
 
 `python -m examples.train_addition`, run in the repository's root, writes this folder again: $steps steps of $answers
 random training pairs, loss on the answer only, with zero, one or two beginning-of-sequence tokens in front, raw and as
-chats of one and three turns; Muon for the matrices of the layers, AdamW for embeddings and norms. Random numbers are
-seeded; the bytes repeat on the same PyTorch build, processor type and thread count.
+chats of one to four turns, some of them after a system message of random letters; Muon for the matrices of the layers,
+AdamW for embeddings and norms. Random numbers are seeded; the bytes repeat on the same PyTorch build, processor type
+and thread count.
 
 ## Tokenizer
 
@@ -116,7 +125,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
             "hidden_act": "silu",
             "max_position_embeddings": config.max_position_embeddings,
             "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": config.rope_parameters["rope_theta"],
+            "rope_theta": ROPE_THETA,
             "rope_scaling": None,
             "attention_bias": False,
             "mlp_bias": False,
@@ -151,6 +160,7 @@ def write_model_card(model: LlamaForCausalLM, figures: dict[str, str], folder: P
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
+        rope_theta=f"{ROPE_THETA:,.0f}",
         context=config.max_position_embeddings,
         vocabulary=config.vocab_size,
         special_count=len(SPECIAL_TOKENS),

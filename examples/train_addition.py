@@ -33,7 +33,7 @@ from examples.addition_data import (
     write_answer,
     write_prompt,
 )
-from examples.addition_folder import write_checkpoint, write_evaluation, write_model_card
+from examples.addition_folder import ROPE_THETA, write_checkpoint, write_evaluation, write_model_card
 
 DEFAULT_OUTPUT_DIR = Path(__file__).parent / "addition"
 
@@ -41,9 +41,9 @@ DEFAULT_OUTPUT_DIR = Path(__file__).parent / "addition"
 MATRIX_LEARNING_RATE = 0.01
 OTHER_LEARNING_RATE = 0.003
 
-#: Every n-th batch holds conversations of three turns instead of single questions.
-CONVERSATION_INTERVAL = 5
-CONVERSATION_TURNS = 3
+#: Every n-th batch holds conversations of several turns instead of single questions.
+CONVERSATION_INTERVAL = 4
+CONVERSATION_TURN_COUNTS = (2, 3, 4)
 
 
 def build_model() -> LlamaForCausalLM:
@@ -58,8 +58,7 @@ def build_model() -> LlamaForCausalLM:
         head_dim=32,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
-        # Not the customary 10,000: a converter that forgets to read the value must not go unnoticed.
-        rope_theta=1000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=False,
         bos_token_id=TOKEN_IDS[BOS],
         eos_token_id=TOKEN_IDS[EOS],
@@ -78,7 +77,7 @@ def train(model: LlamaForCausalLM, pairs: list[Pair], steps: int, answer_count: 
     model.train()
     started_at = time.monotonic()
     for step in range(1, steps + 1):
-        turn_count = CONVERSATION_TURNS if step % CONVERSATION_INTERVAL == 0 else 1
+        turn_count = 1 if step % CONVERSATION_INTERVAL else generator.choice(CONVERSATION_TURN_COUNTS)
         inputs, targets = make_batch(generator, pairs, answer_count, turn_count)
         loss = _measure_loss(model, inputs, targets)
         model.zero_grad()
@@ -90,7 +89,7 @@ def train(model: LlamaForCausalLM, pairs: list[Pair], steps: int, answer_count: 
             scheduler.step()
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.5f}  {time.monotonic() - started_at:.0f} s", flush=True)
-    model.eval()
+    model.train(False)
 
 
 def measure_accuracy(
@@ -104,10 +103,12 @@ def measure_accuracy(
         encoded = tokenizer(
             prompts, add_special_tokens=not chat, return_tensors="pt", padding=True, padding_side="left"
         )
-        generated = model.generate(**encoded, max_new_tokens=5, do_sample=False)
-        for pair, token_ids in zip(chunk, generated[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
-            text = tokenizer.decode(token_ids)
-            right_count += text.split(EOS)[0] == write_answer(pair) and EOS in text
+        # No longer answer than three digits and the end token is right, so no more are generated.
+        generated = model.generate(**encoded, max_new_tokens=4, do_sample=False)  # type: ignore[misc]
+        texts = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :])
+        for pair, text in zip(chunk, texts, strict=True):
+            answer, end, _ = text.partition(EOS)
+            right_count += end == EOS and answer == write_answer(pair)
     return right_count / len(pairs)
 
 
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("-o", "--output-dir", type=Path, default=DEFAULT_OUTPUT_DIR, help="folder to write")
-    parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=256, help="answers learned from in one step")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and training order; never of the split")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
@@ -153,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
     return [
