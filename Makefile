@@ -1,0 +1,44 @@
+# Everything runs in .venv, made by `make install`; nothing else on the machine is touched.
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO_DIR ?= out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test test-fast check format clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed ## Make .venv with the pinned dependencies and the edgekiln command
+
+.venv/installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "EdgeKiln needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install ## Convert the example checkpoint, prove it, measure it, ask it something
+	$(BIN)/python examples/demo.py -o $(DEMO_DIR)
+
+up: install ## Run the embedded profile until Ctrl-C
+	$(BIN)/edgekiln up
+
+test: install ## Run every test (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-fast: install ## Run the tests that need no conversion
+	$(BIN)/python -m pytest tests/unit tests/contract tests/migration
+
+check: install ## Lint, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## Format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and what was built
+	rm -rf .venv build dist out .pytest_cache .mypy_cache .ruff_cache
