@@ -49,6 +49,7 @@ class RemoteError(EdgeKilnError):
         self.document = dict(document)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the document as it arrived."""
         return self.document
 
     @property

@@ -155,11 +155,8 @@ class Settings(BaseSettings):
         """Return the variables that give a subprocess these same settings."""
         variables: dict[str, str] = {}
         for name, value in self.model_dump().items():
-            if isinstance(value, tuple):
-                text = os.pathsep.join(str(part) for part in value)
-            else:
-                text = str(value)
-            variables[f"EDGEKILN_{name.upper()}"] = text
+            parts = value if isinstance(value, tuple) else (value,)
+            variables[f"EDGEKILN_{name.upper()}"] = os.pathsep.join(str(part) for part in parts)
         return variables
 
 

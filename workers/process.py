@@ -57,7 +57,7 @@ class WorkerProcess:
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             slots=settings.slots(),
             toolchain=toolchain,
-            isolation=probe_isolation().to_json(),
+            isolation=probe_isolation(),
         )
         self.sandbox = Sandbox(PRELOADS, threads=cores)
         settings.work_dir.mkdir(parents=True, exist_ok=True)

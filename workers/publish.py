@@ -46,7 +46,7 @@ def publish(database: Database, store: ObjectStore, claim: work.Claim, toolchain
 
 
 def collect_figures(claim: work.Claim) -> dict[str, Any]:
-    """Return the variant's proof: the worst figures over its formats, with its benchmarks' where a gate waits for them."""
+    """Return the variant's worst figures over its formats, and its benchmarks' where a gate waits for them."""
     suppliers = list(claim.inputs.values())
     merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
     benchmarks = [supplier.figures for supplier in suppliers if supplier.kind == "benchmark"]

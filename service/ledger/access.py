@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.errors import NotFound, Unauthorized
 from service.ledger.clock import now
@@ -37,8 +36,7 @@ class NewKey:
 @writes
 def ensure_tenant(tx: Transaction, tenant_id: str) -> None:
     """Enter a tenant unless it is there."""
-    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
-    tx.connection.execute(dialect_insert(Tenant).values(id=tenant_id, created_at=now()).on_conflict_do_nothing())
+    tx.connection.execute(tx.insert(Tenant).values(id=tenant_id, created_at=now()).on_conflict_do_nothing())
 
 
 @writes

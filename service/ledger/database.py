@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import alembic.command
 import alembic.config
 from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import DeclarativeBase
 
 from service.errors import Conflict
 
@@ -42,6 +44,10 @@ class Transaction:
     def is_postgresql(self) -> bool:
         """Whether rows can be locked one by one; SQLite locks the whole database."""
         return self.connection.dialect.name == "postgresql"
+
+    def insert(self, table: type[DeclarativeBase]) -> Any:
+        """Return an INSERT that takes `on_conflict_...` clauses, whichever the database."""
+        return (postgresql.insert if self.is_postgresql else sqlite.insert)(table)
 
 
 class StaleView(Exception):
@@ -99,7 +105,7 @@ def writes(
     """Turn a function of a transaction into one of a database: one call, one transaction."""
 
     @functools.wraps(function)
-    def call(database: Database, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(database: Database, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return database.write(lambda transaction: function(transaction, *args, **kwargs))
 
     return call
@@ -111,7 +117,7 @@ def reads(
     """Turn a function of a connection into one of a database that reads one snapshot."""
 
     @functools.wraps(function)
-    def call(database: Database, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(database: Database, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return database.read(lambda connection: function(connection, *args, **kwargs))
 
     return call

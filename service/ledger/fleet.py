@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
@@ -29,10 +28,9 @@ def register_worker(
     isolation: Mapping[str, Any],
 ) -> str:
     """Enter a worker process and its host; return the worker's id."""
-    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
     record = {"cores": cores, "memory_bytes": memory_bytes}
     tx.connection.execute(
-        dialect_insert(Host).values(id=host_id, **record).on_conflict_do_update(index_elements=["id"], set_=record)
+        tx.insert(Host).values(id=host_id, **record).on_conflict_do_update(index_elements=["id"], set_=record)
     )
     worker_id = new_id("worker")
     tx.connection.execute(

@@ -5,11 +5,10 @@ Called inside the transactions of `service.ledger.jobs` and `service.ledger.work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, insert, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.ledger import locks
 from service.ledger.clock import now
@@ -18,7 +17,7 @@ from service.ledger.events import emit
 from service.ledger.keys import Toolchain, new_id, step_key
 from service.ledger.plan import StepSpec
 from service.ledger.states import StepState
-from service.ledger.tables import Base, Job, JobStep, Step, StepInput, Variant, VariantStep
+from service.ledger.tables import Job, JobStep, Step, StepInput, Variant, VariantStep
 
 #: The work of a planner that has no toolchain: steps that make no bytes.
 NO_TOOLCHAIN = Toolchain(versions={}, revisions={})
@@ -67,7 +66,7 @@ def add_steps(
 
 def _link(tx: Transaction, job_id: str, step_id: str, position: int, reused: bool) -> None:
     """Link a job to a step; a retry finds the steps that had succeeded linked already."""
-    statement = _upsert(tx)(JobStep).values(
+    statement = tx.insert(JobStep).values(
         job_id=job_id, step_id=step_id, position=position, reused=reused, superseded=False
     )
     tx.connection.execute(
@@ -79,12 +78,8 @@ def _link(tx: Transaction, job_id: str, step_id: str, position: int, reused: boo
 
 def _serve(tx: Transaction, step_id: str, variant_ids: Sequence[str]) -> None:
     for variant_id in variant_ids:
-        statement = _upsert(tx)(VariantStep).values(variant_id=variant_id, step_id=step_id)
+        statement = tx.insert(VariantStep).values(variant_id=variant_id, step_id=step_id)
         tx.connection.execute(statement.on_conflict_do_nothing())
-
-
-def _upsert(tx: Transaction) -> Callable[[type[Base]], Any]:
-    return postgresql.insert if tx.is_postgresql else sqlite.insert
 
 
 def _ensure_step(
@@ -140,7 +135,7 @@ def _insert_step(tx: Transaction, values: dict[str, Any], shared: bool) -> bool:
         tx.connection.execute(insert(Step).values(**values))
         return True
     statement = (
-        _upsert(tx)(Step)
+        tx.insert(Step)
         .values(**values)
         .on_conflict_do_nothing(
             index_elements=["tenant_id", "key"],

@@ -89,8 +89,6 @@ def submit_job(
 
 def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: str, job_id: str) -> str | None:
     """Take the key for `job_id`, or return the job that has it."""
-    from sqlalchemy.dialects import postgresql, sqlite
-
     tx.connection.execute(
         delete(IdempotencyKey).where(
             IdempotencyKey.tenant_id == tenant_id,
@@ -98,9 +96,8 @@ def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: st
             IdempotencyKey.created_at < now(-IDEMPOTENCY_S),
         )
     )
-    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
     inserted = tx.connection.execute(
-        dialect_insert(IdempotencyKey)
+        tx.insert(IdempotencyKey)
         .values(tenant_id=tenant_id, key=key, request_digest=digest, job_id=job_id, created_at=now())
         .on_conflict_do_nothing()
         .returning(IdempotencyKey.key)

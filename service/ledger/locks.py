@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from sqlalchemy import select
 
 from service.ledger.database import StaleView, Transaction
-from service.ledger.tables import Blob, Host, JobStep, Step, Job
+from service.ledger.tables import Blob, Host, Job, JobStep, Step
 
 
 def lock_host(tx: Transaction, host_id: str) -> None:

@@ -153,22 +153,21 @@ def recompute_job(tx: Transaction, job_id: str) -> None:
     if job.state in FINAL_JOB_STATES:
         return
     steps = _step_views(tx, job_id)
-    states = {}
+    states: dict[str, str] = {}
     for variant in tx.connection.execute(
         select(Variant.id, Variant.name, Variant.state).where(Variant.job_id == job_id).order_by(Variant.position)
     ):
         states[variant.id] = variant.state
         if variant.state in FINAL_VARIANT_STATES:
             continue
-        state, error = judge_variant(variant.id, steps)
-        states[variant.id] = state
-        if state != variant.state:
-            _store_variant(tx, job_id, variant.id, variant.name, state, error)
-    state = judge_job(list(states.values()), steps)
-    if state != job.state:
-        finalized_at = now() if state in FINAL_JOB_STATES else None
-        tx.connection.execute(update(Job).where(Job.id == job_id).values(state=state, finalized_at=finalized_at))
-        emit(tx, [job_id], "job", {"state": state})
+        states[variant.id], error = judge_variant(variant.id, steps)
+        if states[variant.id] != variant.state:
+            _store_variant(tx, job_id, variant.id, variant.name, states[variant.id], error)
+    job_state = judge_job(list(states.values()), steps)
+    if job_state != job.state:
+        finalized_at = now() if job_state in FINAL_JOB_STATES else None
+        tx.connection.execute(update(Job).where(Job.id == job_id).values(state=job_state, finalized_at=finalized_at))
+        emit(tx, [job_id], "job", {"state": job_state})
 
 
 def _store_variant(

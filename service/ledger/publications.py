@@ -107,7 +107,7 @@ def _read_ancestor(connection: Connection, step_id: str, inputs: Mapping[str, st
         step.revision,
         step.toolchain_id,
         step.figures or {},
-        {name: digest for name, digest in outputs},
+        dict(outputs.tuples().all()),
         inputs,
         isolation,
     )

@@ -8,7 +8,7 @@ Digests are full SHA-256 hex. `tenant_id` stands in every row that a tenant can 
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
@@ -53,7 +53,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {
+    type_annotation_map: ClassVar = {
         dt.datetime: Instant(),
         dict[str, Any]: _DOCUMENT,
         list[Any]: _DOCUMENT,

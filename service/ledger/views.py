@@ -283,4 +283,4 @@ def count_due_steps(connection: Connection) -> dict[str, int]:
     rows = connection.execute(
         select(Step.resource_class, func.count()).where(Step.state == StepState.QUEUED).group_by(Step.resource_class)
     )
-    return {resource_class: count for resource_class, count in rows}
+    return dict(rows.tuples().all())

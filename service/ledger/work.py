@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, and_, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.errors import BlobCondemned, ChildCrashed, EdgeKilnError, LeaseLost, Parked, StepLost
 from service.ledger import locks
 from service.ledger.clock import now
-from service.ledger.database import StaleView, Transaction, reads, writes
+from service.ledger.database import Transaction, reads, writes
 from service.ledger.events import emit
 from service.ledger.graph import add_steps
 from service.ledger.keys import Toolchain
-from service.ledger.moves import close_attempt, live_job_ids, move_step, recompute_job, settle
+from service.ledger.moves import close_attempt, live_job_ids, move_step, settle
 from service.ledger.plan import expand_planned, expand_resolved
 from service.ledger.states import FINAL_VARIANT_STATES, AttemptState, StepEvent, StepState
 from service.ledger.tables import (
@@ -381,11 +380,10 @@ def _expand(
 
 def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
     """Enter blobs that are in the store; refuse those that the sweep has condemned."""
-    dialect_insert = postgresql.insert if tx.is_postgresql else sqlite.insert
     by_digest = {file.digest: file for file in files}
     for digest in sorted(by_digest):
         tx.connection.execute(
-            dialect_insert(Blob)
+            tx.insert(Blob)
             .values(digest=digest, size_bytes=by_digest[digest].size_bytes, created_at=now())
             .on_conflict_do_nothing()
         )
