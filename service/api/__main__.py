@@ -1,0 +1,86 @@
+"""`python -m service.api`: serves the API with the settings of the environment.
+
+Started by `service.supervisor`, which hands over a listening socket (`--fd`), or by an operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from service.api.app import make_app
+from service.api.context import Context
+from service.errors import EdgeKilnError
+from service.ledger.database import Database, migrate
+from service.queue import Poker
+from service.queue import make_app as make_queue
+from service.settings import Settings, load_settings
+from service.storage import S3Options, open_store
+
+#: How long requests in progress may go on after the signal to stop.
+_DRAIN_S = 3
+
+
+class _Server(uvicorn.Server):
+    """Tells endless answers (event streams) to end as soon as the signal to stop arrives."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self.context = context
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.context.stopping.set()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings, listener: socket.socket | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; on `listener`, if one is given, else on the settings' address."""
+    migrate(settings.ledger_url)
+    s3 = S3Options(
+        endpoint_url=settings.s3_endpoint_url or None,
+        region=settings.s3_region or None,
+        request_checksum_calculation="when_supported"
+        if settings.s3_request_checksums == "when_supported"
+        else "when_required",
+    )
+    store = open_store(settings.object_store_url, s3)
+    database = Database(settings.ledger_url, Poker(make_queue(settings)))
+    try:
+        app = make_app(settings, database, store)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="info",
+            # Addresses in forwarded headers are claims, and nothing here depends on them.
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_S,
+        )
+        server = _Server(config, app.state.context)
+        server.run(sockets=None if listener is None else [listener])
+    finally:
+        database.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m service.api", description="Serve the EdgeKiln API.")
+    parser.add_argument("--fd", type=int, help="file descriptor of a listening socket to take over")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        serve(load_settings(), None if arguments.fd is None else socket.socket(fileno=arguments.fd))
+    except EdgeKilnError as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Routes of artifacts: list, download with ranges, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Annotated
+from urllib.parse import quote
+
+from fastapi import APIRouter, Header, Path, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from service.api.context import ContextOf, TenantOf
+from service.api.jobs import JobId
+from service.api.ranges import matches, parse_range
+from service.api.schemas import ArtifactList, answers, problem_responses
+from service.ledger import views
+from service.storage import blob_key, check_stream
+
+router = APIRouter(prefix="/v1", tags=["artifacts"])
+
+ArtifactId = Annotated[str, Path(description="An artifact's id.", examples=["art_1f0c9a2b3c4d5e6f"], max_length=64)]
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+
+@router.get(
+    "/jobs/{job_id}/artifacts",
+    summary="List a job's artifacts",
+    response_model=None,
+    responses={**answers(ArtifactList, "What the job has published so far."), **problem_responses(404)},
+)
+def list_artifacts(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+    """Return every published artifact with its variant's name."""
+    return JSONResponse({"artifacts": views.list_artifacts(context.database, tenant_id, job_id)})
+
+
+@router.api_route(
+    "/artifacts/{artifact_id}",
+    methods=["GET"],
+    summary="Download an artifact",
+    response_class=Response,
+    responses={
+        200: {"description": "The file. Its ETag is its SHA-256.", "content": _BYTES},
+        206: {"description": "The part that `Range` asked for.", "content": _BYTES},
+        304: {"description": "`If-None-Match` names this very file."},
+        **problem_responses(404, 416, 503),
+    },
+)
+@router.head("/artifacts/{artifact_id}", include_in_schema=False)
+def download_artifact(
+    request: Request,
+    context: ContextOf,
+    tenant_id: TenantOf,
+    artifact_id: ArtifactId,
+    range_header: Annotated[str | None, Header(alias="Range", description="One range, e.g. `bytes=1000-`.")] = None,
+    if_range: Annotated[str | None, Header(description="The range is good only for this ETag.")] = None,
+    if_none_match: Annotated[str | None, Header(description="An ETag that the client holds.")] = None,
+) -> Response:
+    """Stream the file from the store.
+
+    A whole download is checked against its digest on the way and cut off before its last bytes if it is damaged; of
+    a part the client checks the digest when it has put the file together.
+    """
+    artifact = views.read_artifact(context.database, tenant_id, artifact_id)
+    digest, size_bytes = artifact["sha256"], artifact["size_bytes"]
+    etag = f'"{digest}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(artifact['name'], safe='')}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if matches(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    is_current = if_range is None or if_range.strip() == etag
+    part = parse_range(range_header, size_bytes) if is_current else None
+    headers["Content-Length"] = str(part.end - part.start if part else size_bytes)
+    if part:
+        headers["Content-Range"] = f"bytes {part.start}-{part.end - 1}/{size_bytes}"
+    status = 206 if part else 200
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type="application/octet-stream")
+    stack = ExitStack()
+    # Opened before the answer begins: a missing blob is a problem document, not a broken download.
+    key = blob_key(digest)
+    chunks = stack.enter_context(context.store.open(key, *((part.start, part.end) if part else ())))
+    checked = chunks if part else check_stream(chunks, artifact["name"], digest)
+    return StreamingResponse(
+        _stream(stack, checked), status_code=status, headers=headers, media_type="application/octet-stream"
+    )
+
+
+def _stream(stack: ExitStack, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with stack:
+        yield from chunks
+
+
+@router.get(
+    "/artifacts/{artifact_id}/manifest",
+    summary="Read an artifact's manifest",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Provenance, proof and figures, byte for byte as published: their SHA-256 is the artifact's "
+            "`manifest_sha256`.",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        },
+        **problem_responses(404),
+    },
+)
+def read_manifest(context: ContextOf, tenant_id: TenantOf, artifact_id: ArtifactId) -> Response:
+    """Return how the artifact came to be and what was proven of it."""
+    artifact = views.read_artifact(context.database, tenant_id, artifact_id)
+    return Response(
+        artifact["manifest"].encode(),
+        media_type="application/json",
+        headers={"ETag": f'"{artifact["manifest_sha256"]}"', "X-Content-Type-Options": "nosniff"},
+    )

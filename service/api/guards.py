@@ -1,0 +1,163 @@
+"""What a request must pass before any route sees it: Host, Origin, API key, size of the body.
+
+Owns four checks as pure ASGI layers, so that they hold for unknown routes and streams alike. They only raise;
+`service.api.problems` answers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import HostNotAllowed, OriginNotAllowed, PayloadTooLarge, Unauthorized
+from service.ledger.access import DEFAULT_TENANT
+from service.settings import Settings
+
+#: Where a request's tenant stands in `scope["state"]`; None on the open paths when no key was given.
+TENANT = "tenant_id"
+#: Answered without a key, and with little in it.
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address (without port) can only mean this machine."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def host_name(host_header: str) -> str:
+    """Return a Host header's name in lower case, without port, brackets and trailing dot."""
+    text = host_header.strip().lower()
+    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+    return name.rstrip(".")
+
+
+class HostGuard:
+    """Refuses names that are not this server's (DNS rebinding), and changes asked for by other sites' pages."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.names = {host_name(name) for name in (settings.host, *settings.allowed_hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check Host, then Origin."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            name = host_name(headers.get("host", ""))
+            if not self._is_mine(name, scope):
+                raise HostNotAllowed(
+                    f"This server is not {name!r}. If it should answer to that name, start it with "
+                    f"`edgekiln up --allow-host {name or 'NAME'}`.",
+                    host=name,
+                )
+            self._check_origin(scope["method"], headers)
+        await self.app(scope, receive, send)
+
+    def _is_mine(self, name: str, scope: Scope) -> bool:
+        if is_loopback(name) or name in self.names:
+            return True
+        # The address that the connection came in on cannot be rebound: it is no name.
+        server = scope.get("server")
+        return bool(name) and server is not None and name == str(server[0]).lower()
+
+    @staticmethod
+    def _check_origin(method: str, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if method in _SAFE_METHODS or origin is None:
+            return
+        if urlsplit(origin).netloc.lower() != headers.get("host", "").strip().lower():
+            raise OriginNotAllowed(
+                f"A page of {origin} may not change anything here. Use the API from a program, or from this "
+                "server's own pages.",
+                origin=origin,
+            )
+
+
+class KeyGuard:
+    """Finds out whose request it is.
+
+    Without a key only the laptop's own user is served: the server listens on loopback and was called by a
+    loopback name. A key that is given must be valid, wherever.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, find_tenant: Callable[[str], str]) -> None:
+        self.app = app
+        self.listens_on_loopback = is_loopback(host_name(settings.host))
+        self.find_tenant = find_tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Put the tenant into the request's state, or raise `Unauthorized`."""
+        if scope["type"] == "http":
+            scope.setdefault("state", {})[TENANT] = await self._tenant(scope)
+        await self.app(scope, receive, send)
+
+    async def _tenant(self, scope: Scope) -> str | None:
+        headers = Headers(scope=scope)
+        authorization = headers.get("authorization")
+        if authorization is not None:
+            scheme, _, secret = authorization.partition(" ")
+            if scheme.lower() != "bearer" or not secret.strip():
+                raise Unauthorized("The Authorization header must read `Bearer ek_...`.")
+            return await anyio.to_thread.run_sync(self.find_tenant, secret.strip())
+        if self.listens_on_loopback and is_loopback(host_name(headers.get("host", ""))):
+            return DEFAULT_TENANT
+        if scope["path"] in OPEN_PATHS:
+            return None
+        raise Unauthorized(
+            "This server needs an API key: send `Authorization: Bearer ek_...`. `edgekiln keys create NAME` on the "
+            "server makes one."
+        )
+
+
+class BodyGuard:
+    """Reads a request's body whole, up to the limit, before the route starts; chunked bodies too."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Buffer the body, then hand it on as one message."""
+        if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared) > self.max_body_bytes:
+            raise self._too_large()
+        body: Message | None = await self._read(receive)
+
+        async def replay() -> Message:
+            nonlocal body
+            message, body = body, None
+            return message if message is not None else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> Message:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            body += message.get("body", b"")
+            if len(body) > self.max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            f"The request's body is larger than {self.max_body_bytes} bytes. A job request is small: weights do not "
+            "travel in it.",
+            limit_bytes=self.max_body_bytes,
+        )

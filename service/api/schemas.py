@@ -1,0 +1,222 @@
+"""The shapes of answers, for the OpenAPI document.
+
+The ledger's views make the documents; these models describe them and tests hold the two together. Fields may be
+added to documents, never renamed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TAGS = [
+    {"name": "jobs", "description": "Submit conversions, follow them, stop them, try them again."},
+    {"name": "artifacts", "description": "Proven artifacts and the manifests that say how each came to be."},
+    {"name": "catalogue", "description": "What a job may ask for."},
+    {"name": "health", "description": "Whether the server lives and can do its work."},
+]
+
+
+class _Document(BaseModel):
+    """A document that may grow."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Problem(_Document):
+    """RFC 9457 problem details."""
+
+    type: str = Field(examples=["urn:edgekiln:error:not_found"])
+    title: str = Field(examples=["Not found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(description="What was wrong, where, and what to do.")
+    code: str = Field(description="Stable identifier.", examples=["not_found"])
+    retryable: bool = Field(description="Whether the same request, unchanged, may succeed later.")
+    details: dict[str, Any] = Field(description="The place of the failure, for programs.")
+
+
+class ErrorDocument(_Document):
+    """Why a step or variant did not succeed."""
+
+    code: str
+    message: str
+    retryable: bool
+    details: dict[str, Any]
+
+
+class Artifact(_Document):
+    """A published file."""
+
+    id: str
+    name: str = Field(examples=["addition-dynamic_int8.litertlm"])
+    kind: str = Field(description="`tflite`, `task` or `litertlm`.")
+    sha256: str
+    size_bytes: int
+    url: str = Field(description="Where to download it, relative to the server.")
+    manifest_sha256: str
+    manifest_url: str
+    published_at: datetime | None
+
+
+class JobArtifact(Artifact):
+    """A published file, with the variant it belongs to."""
+
+    variant: str
+
+
+class ArtifactList(_Document):
+    """Artifacts of one job."""
+
+    artifacts: list[JobArtifact]
+
+
+class VariantDocument(_Document):
+    """One cell of a job's matrix."""
+
+    id: str
+    name: str
+    engine: str
+    recipe: str
+    state: Literal["pending", "running", "succeeded", "refused", "failed", "cancelled"]
+    error: ErrorDocument | None
+    artifacts: list[Artifact]
+    parity: dict[str, Any] | None = Field(description="How far the graph's logits are from the source's.")
+    quality: dict[str, Any] | None = Field(description="Accuracy of source and artifacts.")
+    measurements: list[dict[str, Any]] = Field(description="Benchmarks: all samples, their median, conditions.")
+
+
+class StepDocument(_Document):
+    """A unit of work of a job."""
+
+    id: str
+    kind: str
+    key: str = Field(description="Equal keys are the same work.")
+    state: Literal["waiting", "queued", "running", "succeeded", "failed", "cancelled"]
+    reused: bool = Field(description="An earlier request had made it.")
+    attempts: int
+    duration_s: float | None
+    peak_rss_bytes: int | None
+    peak_anon_bytes: int | None
+    error: ErrorDocument | None
+
+
+JobStateName = Literal["queued", "running", "succeeded", "partial", "failed", "cancelled"]
+
+
+class JobSummary(_Document):
+    """A job without its steps."""
+
+    id: str
+    state: JobStateName
+    is_final: bool
+    priority: int
+    created_at: datetime
+    finalized_at: datetime | None
+    event_count: int
+    request: dict[str, Any]
+
+
+class JobListItem(JobSummary):
+    """A job as lists show it."""
+
+    variant_states: dict[str, int] = Field(description="Variant state -> number of variants.")
+
+
+class JobList(_Document):
+    """One page of jobs, newest first."""
+
+    jobs: list[JobListItem]
+    next: str | None = Field(description="Give it as `before` to read the next page; null on the last one.")
+
+
+class JobDocument(JobSummary):
+    """A job whole."""
+
+    source: dict[str, Any] | None = Field(description="The source as it was pinned; null until then.")
+    variants: list[VariantDocument]
+    steps: list[StepDocument]
+
+
+class AttemptLog(_Document):
+    """What one attempt of a step wrote."""
+
+    step_id: str
+    kind: str
+    attempt: int
+    state: str
+    error: ErrorDocument | None
+    size_bytes: int | None = Field(description="Size of the whole log; null when there is none yet.")
+    text: str | None = Field(description="The end of the log.")
+    truncated: bool = Field(description="Whether `text` is less than the whole; ask for `text/plain` to get all.")
+
+
+class LogList(_Document):
+    """Logs of one job."""
+
+    logs: list[AttemptLog]
+
+
+class RecipeDocument(_Document):
+    """How weights and activations may be quantized."""
+
+    name: str
+    description: str
+    is_lossy: bool
+
+
+class Catalogue(_Document):
+    """What a job may ask for."""
+
+    recipes: list[RecipeDocument]
+    formats: list[str]
+    engines: list[str]
+    devices: list[str]
+    gates: list[str]
+
+
+class Health(_Document):
+    """The process lives."""
+
+    status: Literal["ok"]
+
+
+class Check(_Document):
+    """One precondition of doing work."""
+
+    ok: bool
+    message: str | None = Field(default=None, description="What is wrong or right; only for known callers.")
+
+
+class Readiness(_Document):
+    """Whether jobs can be taken and done."""
+
+    ready: bool
+    checks: dict[str, Check]
+
+
+_PROBLEM_TEXTS = {
+    401: "An API key is needed, or the one given is not valid.",
+    403: "The folder or the origin is not allowed.",
+    404: "There is no such thing, or it is another tenant's.",
+    409: "The thing's state forbids it.",
+    413: "The body is too large.",
+    416: "The range lies outside the artifact.",
+    422: "The request cannot work as written.",
+    503: "Not now; try again later.",
+}
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entries of the problem documents that a route may answer with."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": _PROBLEM_TEXTS[status], "content": content, "model": Problem}
+        for status in sorted({401, 422, *statuses})
+    }
+
+
+def answers(model: type[BaseModel], description: str, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entry of a route's own answer."""
+    return {status: {"model": model, "description": description}}
