@@ -83,15 +83,19 @@ _FLOAT_ERROR = Gate(
     "float_error", "parity.max_abs_error_ratio", "at_most", "The largest logit error over the range of logits"
 )
 _CONFIDENT_TOP1 = Gate(
-    "confident_top1", "parity.top1_agreement_confident", "at_least", "The top-1 agreement where the source is sure"
+    "confident_top1", "parity.top1_agreement_confident", "at_least", "The top-1 agreement beyond twice the error"
 )
-_CONFIDENT_SHARE = Gate("confident_share", "parity.confident_share", "at_least", "The share of sure positions")
+_CONFIDENT_SHARE = Gate(
+    "confident_share", "parity.confident_share", "at_least", "The share of positions beyond twice the error"
+)
 _GENERATION = Gate(
     "generation_match", "generation.match_ratio", "at_least", "The share of the source's sure tokens generated"
 )
 _STOP_MISSED = Gate("stop_missed", "generation.stops_missed", "at_most", "The count of stop tokens that did not stop")
 _LOSSY_KL = Gate("lossy_kl", "parity.kl_mean", "at_most", "The mean KL divergence from the source, in nats,")
-_LOSSY_TOP1 = Gate("lossy_top1", "parity.top1_agreement", "at_least", "The teacher-forced top-1 agreement")
+_LOSSY_TOP1 = Gate(
+    "lossy_top1", "parity.top1_agreement_sure", "at_least", "The top-1 agreement where the source is sure"
+)
 _LOSSY_EXACT_MATCH = Gate(
     "lossy_exact_match_drop", "quality.exact_match_drop", "at_most", "The loss of exact match against the source"
 )
@@ -113,7 +117,7 @@ class LossyLimits:
     """Default thresholds of one lossy recipe."""
 
     kl_mean: float
-    top1_agreement: float
+    top1_agreement_sure: float
     exact_match_drop: float
 
 
@@ -132,13 +136,19 @@ _FLOAT: Thresholds = (
 #: Hold for `.task` and `.litertlm`, whatever the recipe.
 _BUNDLE: Thresholds = ((_STOP_DECLARED, 0.0), (_RUNTIME_MATCH, 0.95), (_RUNTIME_STOPS, 0.0))
 
+_INT8 = LossyLimits(kl_mean=0.02, top1_agreement_sure=0.97, exact_match_drop=0.02)
+_INT4 = LossyLimits(kl_mean=0.5, top1_agreement_sure=0.8, exact_match_drop=0.03)
+
 LOSSY_LIMITS: dict[str, LossyLimits] = {
-    "float16": LossyLimits(kl_mean=0.001, top1_agreement=0.98, exact_match_drop=0.01),
-    "dynamic_int8": LossyLimits(kl_mean=0.05, top1_agreement=0.9, exact_match_drop=0.02),
-    "weight_only_int8": LossyLimits(kl_mean=0.05, top1_agreement=0.9, exact_match_drop=0.02),
-    "dynamic_int4": LossyLimits(kl_mean=0.5, top1_agreement=0.7, exact_match_drop=0.1),
-    "weight_only_int4": LossyLimits(kl_mean=0.5, top1_agreement=0.7, exact_match_drop=0.1),
+    "float16": LossyLimits(kl_mean=0.001, top1_agreement_sure=0.99, exact_match_drop=0.01),
+    "dynamic_int8": _INT8,
+    "weight_only_int8": _INT8,
+    "dynamic_int4": _INT4,
+    "weight_only_int4": _INT4,
 }
+
+#: Fewer sure positions than these say too little about a lossy artifact's top-1 agreement.
+MIN_SURE_POSITIONS = 16
 
 
 def needs_benchmark(user_gates: Mapping[str, float] | None) -> bool:
@@ -163,12 +173,16 @@ def judge(recipe: str, figures: Mapping[str, Any], user_gates: Mapping[str, floa
 def select_defaults(recipe: str, figures: Mapping[str, Any]) -> Thresholds:
     """Return the default gates of a recipe, for the formats that were verified.
 
-    Bundle gates hold when a bundle is among `formats`; exact match is gated when the source had an evaluation.
+    Bundle gates hold when a bundle is among `formats`. What only the source decides opens two lossy gates: exact
+    match when it has an evaluation, top-1 when it is sure at enough positions (random weights seldom are).
     """
     chosen = _ALWAYS
     if RECIPES[recipe].is_lossy:
         limits = LOSSY_LIMITS[recipe]
-        chosen += ((_LOSSY_KL, limits.kl_mean), (_LOSSY_TOP1, limits.top1_agreement))
+        chosen += ((_LOSSY_KL, limits.kl_mean),)
+        sure_positions = find_figure(figures, "parity.sure_positions")
+        if sure_positions is None or sure_positions >= MIN_SURE_POSITIONS:
+            chosen += ((_LOSSY_TOP1, limits.top1_agreement_sure),)
         if find_figure(figures, "quality.source_exact_match") is not None:
             chosen += ((_LOSSY_EXACT_MATCH, limits.exact_match_drop),)
     else:
@@ -211,6 +225,7 @@ _WORST: dict[str, Callable[[Iterable[float]], float]] = {
     "parity.max_abs_error_ratio": max,
     "parity.top1_agreement": min,
     "parity.top1_agreement_confident": min,
+    "parity.top1_agreement_sure": min,
     "parity.confident_share": min,
     "parity.kl_mean": max,
     "parity.kl_max": max,
@@ -243,7 +258,11 @@ def merge_figures(verified: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for name, worst in _WORST.items():
         section, _, leaf = name.rpartition(".")
         holders = [figures for figures in documents if not section or section in figures]
-        values = [value for value in (find_figure(figures, name) for figures in holders) if value is not None]
+        values = [
+            figures[section][leaf] if section else figures[leaf]
+            for figures in holders
+            if find_figure(figures, name) is not None
+        ]
         target = merged.get(section, {}) if section else merged
         if values and len(values) == len(holders):
             target[leaf] = worst(values)

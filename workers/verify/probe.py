@@ -35,6 +35,9 @@ PROMPTS: tuple[str, ...] = ("The harbour was", "12+7=", "def area(", "Q: Which m
 #: Tokens left free for generation behind the prompts that nearly fill the context.
 LONG_PROMPT_FREE_TOKENS = (8, 1)
 
+#: A source is sure where it finds its best token at least twice as likely as the second: a margin in nats.
+SURE_MARGIN = math.log(2.0)
+
 #: Rows compared after each prefill chunk and at the end of the context.
 WINDOW_ROWS = 8
 #: Longest sequence that is fed through `decode` alone, in tokens.
@@ -172,6 +175,8 @@ def compare_logits(source: Floats, artifact: Floats) -> dict[str, float | int]:
 
     `source`, `artifact`: float32 [positions, vocab], all finite. A position is confident when the source's
     top-2 margin exceeds twice the largest absolute error; `top1_agreement_confident` is absent when none is.
+    It is sure where that margin reaches `SURE_MARGIN`, whatever the error: `top1_agreement_sure` is what lossy
+    artifacts can be asked for, as top-1 among near-ties says nothing.
     KL is KL(source || artifact) in nats. `max_abs_error_ratio` divides by the range of the source's logits.
     """
     if source.shape != artifact.shape or source.ndim != 2:
@@ -180,7 +185,9 @@ def compare_logits(source: Floats, artifact: Floats) -> dict[str, float | int]:
     max_abs_error = float(difference.max())
     logit_range = float(source.max() - source.min())
     agrees = source.argmax(axis=-1) == artifact.argmax(axis=-1)
-    confident = measure_margins(source) > 2 * max_abs_error
+    margins = measure_margins(source)
+    confident = margins > 2 * max_abs_error
+    sure = margins >= SURE_MARGIN
     divergence = measure_divergence(source, artifact)
     figures: dict[str, float | int] = {
         "max_abs_error": max_abs_error,
@@ -191,11 +198,14 @@ def compare_logits(source: Floats, artifact: Floats) -> dict[str, float | int]:
         "kl_mean": float(divergence.mean()),
         "kl_max": float(divergence.max()),
         "positions": len(source),
+        "sure_positions": int(sure.sum()),
     }
     if logit_range > 0:
         figures["max_abs_error_ratio"] = max_abs_error / logit_range
     if confident.any():
         figures["top1_agreement_confident"] = float(agrees[confident].mean())
+    if sure.any():
+        figures["top1_agreement_sure"] = float(agrees[sure].mean())
     return figures
 
 

@@ -46,7 +46,7 @@ class Source:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids as the model is meant to get them, its leading special tokens included."""
-        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+        return [int(token) for token in self.tokenizer(text, verbose=False)["input_ids"]]
 
 
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
