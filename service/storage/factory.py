@@ -1,7 +1,7 @@
 """From a setting to a store.
 
-Owns the two URL forms: `file:///path` and `s3://bucket/prefix`. Called once per process by the API and by
-each worker.
+Owns the two URL forms, `file:///path` and `s3://bucket/prefix`. Called once per process by the API and by each
+worker.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from service.errors import InvalidSettings
+from service.settings import Settings
 from service.settings import Settings
 from service.storage.folder import FolderStore
 from service.storage.keys import check_key
@@ -70,3 +71,16 @@ def open_configured_store(settings: Settings) -> ObjectStore:
         response_checksum_validation=settings.s3_request_checksums,
     )
     return open_store(settings.object_store_url, options)
+
+
+def open_configured_store(settings: Settings) -> ObjectStore:
+    """Open the store that the settings name; every process of one installation gets the same."""
+    s3 = S3Options(
+        endpoint_url=settings.s3_endpoint_url or None,
+        region=settings.s3_region or None,
+        # boto3 would look for a host per bucket, which servers of one's own rarely have.
+        addressing="path" if settings.s3_endpoint_url else "auto",
+        request_checksum_calculation=settings.s3_request_checksums,
+        response_checksum_validation=settings.s3_request_checksums,
+    )
+    return open_store(settings.object_store_url, s3)

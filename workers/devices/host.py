@@ -27,9 +27,6 @@ from workers.devices.conditions import describe_host, describe_tools, read_condi
 from workers.devices.statistics import Verdict, judge, percentiles, summarize, worst
 from workers.steps import Progress, run_by_hand
 
-#: Changes when the figures of equal inputs may change.
-REVISION = 1
-
 _DEFAULTS: dict[str, Any] = {
     "device": "host",
     "processes": 5,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidRequest, InvalidSettings
-from service.storage import S3Options, open_store
+from service.settings import Settings
+from service.storage import S3Options, open_configured_store, open_store
 from service.storage.folder import FolderStore
 
 
@@ -44,3 +45,30 @@ def test_prefix_may_not_climb() -> None:
 
 def test_secret_is_not_printed() -> None:
     assert "hunter2" not in repr(S3Options(secret_access_key="hunter2"))
+
+
+def test_default_settings_open_a_folder_below_the_data_directory(tmp_path: Path) -> None:
+    store = open_configured_store(Settings(data_dir=tmp_path, store_url=""))
+    assert isinstance(store, FolderStore)
+    assert store.root == tmp_path / "store"
+
+
+def test_settings_reach_the_s3_store(tmp_path: Path) -> None:
+    from service.storage.s3 import S3Store
+
+    settings = Settings(
+        data_dir=tmp_path,
+        store_url="s3://bucket/prefix",
+        s3_endpoint_url="http://store.invalid:9000",
+        s3_region="us-east-1",
+        s3_request_checksums="when_supported",
+    )
+    store = open_configured_store(settings)
+    assert isinstance(store, S3Store)
+    assert store.options == S3Options(
+        endpoint_url="http://store.invalid:9000",
+        region="us-east-1",
+        addressing="path",
+        request_checksum_calculation="when_supported",
+        response_checksum_validation="when_supported",
+    )
