@@ -24,7 +24,6 @@ __all__ = [
     "digest_file",
     "manifest_key",
     "open_configured_store",
-    "open_configured_store",
     "open_store",
     "read_object",
 ]

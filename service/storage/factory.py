@@ -13,7 +13,6 @@ from urllib.parse import unquote, urlsplit
 
 from service.errors import InvalidSettings
 from service.settings import Settings
-from service.settings import Settings
 from service.storage.folder import FolderStore
 from service.storage.keys import check_key
 from service.storage.protocol import ObjectStore
@@ -60,17 +59,6 @@ def open_store(url: str, s3: S3Options | None = None) -> ObjectStore:
         prefix = parts.path.strip("/")
         return S3Store(parts.netloc, check_key(prefix) if prefix else "", s3 or S3Options())
     raise InvalidSettings(f"The store URL {url!r} must look like file:///absolute/path or s3://bucket/prefix.")
-
-
-def open_configured_store(settings: Settings) -> ObjectStore:
-    """Open the store that the deployment's settings name."""
-    options = S3Options(
-        endpoint_url=settings.s3_endpoint_url or None,
-        region=settings.s3_region or None,
-        request_checksum_calculation=settings.s3_request_checksums,
-        response_checksum_validation=settings.s3_request_checksums,
-    )
-    return open_store(settings.object_store_url, options)
 
 
 def open_configured_store(settings: Settings) -> ObjectStore:
