@@ -7,10 +7,12 @@ Never quantizes. Called by `workers.sandbox` and `python -m workers.convert.conv
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import mmap
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ai_edge_litert import schema_py_generated as tflite
 
 from service.errors import ConversionFailed, DiskFull, EdgeKilnError, RequestUnfit
 from service.recipes import require_known
-from workers.convert import architectures, reauthored, traced
+from workers.convert import architectures, reauthored, toolfixes, traced
 from workers.convert.architectures import DecoderShape
 from workers.steps import Progress, run_by_hand
 
@@ -46,7 +48,7 @@ def run(
     progress(f"Converting with the engine {engine}", 0.05)
     target = output_dir / MODEL_FILE
     with tempfile.TemporaryDirectory(dir=output_dir, prefix="convert-") as scratch:
-        written = _run_engine(engine, checkpoint_dir, shape, prefill_lengths, context_length, Path(scratch))
+        written = _run_engine(engine, checkpoint_dir, shape, prefill_lengths, context_length, Path(scratch), progress)
         progress("Checking the graph", 0.95)
         written.replace(target)
     signatures = read_signatures(target)
@@ -112,18 +114,23 @@ def _run_engine(
     prefill_lengths: list[int],
     context_length: int,
     scratch: Path,
+    progress: Progress,
 ) -> Path:
     """Run one engine; its chatter goes to standard error, so that standard output stays the figures."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            toolfixes.known_warnings_ignored(),
+            toolfixes.tool_tasks_reported(_follow(progress, signatures=len(prefill_lengths) + 1)),
+        ):
             if engine == "traced":
                 return traced.convert(checkpoint_dir, prefill_lengths, context_length, scratch)
             return reauthored.convert(checkpoint_dir, shape, prefill_lengths, context_length, scratch)
     except EdgeKilnError:
         raise
-    except OSError as error:
-        raise DiskFull(f"The converter could not write the model: {error}.") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"No space left while the converter wrote the model: {error}.") from error
         # The converter raises whatever its layers raise; all of it means that this model was not converted.
         raise ConversionFailed(
             f"The engine {engine!r} did not convert the model: {type(error).__name__}: {error}",
@@ -132,10 +139,24 @@ def _run_engine(
         ) from error
 
 
+def _follow(progress: Progress, signatures: int) -> Callable[[str], None]:
+    """Return a listener that turns the tool's tasks into progress; each signature is exported, then lowered."""
+    expected, started = 2 * signatures + 4, 0
+
+    def listen(task: str) -> None:
+        nonlocal started
+        started += 1
+        progress(task, min(0.9, 0.05 + 0.85 * started / expected))
+
+    return listen
+
+
 def read_signatures(path: Path) -> list[str]:
     """Return the names of a graph's signatures, sorted."""
-    model = tflite.Model.GetRootAs(path.read_bytes(), 0)
-    return sorted(model.SignatureDefs(index).SignatureKey().decode() for index in range(model.SignatureDefsLength()))
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        model = tflite.Model.GetRootAs(content, 0)
+        names = [model.SignatureDefs(index).SignatureKey() for index in range(model.SignatureDefsLength())]
+        return sorted(name.decode() for name in names)
 
 
 def _require_signatures(found: list[str], prefill_lengths: list[int]) -> None:

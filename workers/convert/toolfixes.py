@@ -5,10 +5,13 @@ Called by the engines, before they import the tool in question.
 
 from __future__ import annotations
 
+import re
 import sys
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ai_edge_litert import schema_py_generated
 
@@ -38,3 +41,66 @@ def schema_without_tensorflow() -> Iterator[None]:
             sys.modules.pop(_SCHEMA_PARENT, None)
         else:
             sys.modules[_SCHEMA_PARENT] = before
+
+
+@contextmanager
+def known_warnings_ignored() -> Iterator[None]:
+    """Silence what the tools warn about themselves during a conversion; everything else stays loud.
+
+    Upstream: torch 2.13.0 deprecates `isinstance(treespec, LeafSpec)` and still does it in its own `copyreg`
+    path (`torch.utils._pytree`) whenever a program is exported.
+    """
+    with warnings.catch_warnings():
+        for category, message in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", category=category, message=message)
+        yield
+
+
+_KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+    (FutureWarning, r"`treespec\.children_specs` is deprecated"),
+)
+
+_MARKUP = re.compile(r"\[/?[a-z ]+\]")
+_STARTED = "[START]"
+
+#: The tool's tasks worth a line; those inside them only repeat.
+_REPORTED_TASKS = (
+    "Torch Export",
+    "Run FX Passes",
+    "Lower to MLIR",
+    "Merge MLIR Modules",
+    "Run LiteRT Converter Passes",
+    "Write Model",
+)
+
+
+@contextmanager
+def tool_tasks_reported(listen: Callable[[str], None]) -> Iterator[None]:
+    """Call `listen` with the name of each task that litert-torch starts, instead of letting it print.
+
+    Upstream: litert-torch 0.10.0 (`progress.py`) has no hook; it prints to one module-level rich console.
+    """
+    from litert_torch import progress  # noqa: PLC0415 - heavy, and only needed where the tool is loaded
+
+    console = progress.console
+    progress.console = _TaskListener(listen)
+    try:
+        yield
+    finally:
+        progress.console = console
+
+
+class _TaskListener:
+    """Stands where litert-torch expects its console."""
+
+    def __init__(self, listen: Callable[[str], None]) -> None:
+        self._listen = listen
+
+    def print(self, message: str, *_: Any) -> None:
+        """Pass on the innermost task of a start line, if it is one worth a line."""
+        text = _MARKUP.sub("", message)
+        if _STARTED in text:
+            task = text.split(_STARTED, 1)[1].rsplit(" > ", 1)[-1].strip()
+            if task.startswith(_REPORTED_TASKS):
+                self._listen(task.split(" to /", 1)[0])
