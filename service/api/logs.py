@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.api.context import ContextOf, TenantOf
 from service.api.jobs import JobId
-from service.api.schemas import LogList, answers, problem_responses
+from service.api.schemas import LogList, problem_responses
 from service.errors import EdgeKilnError
 from service.ledger import views
 from service.ledger.plan import RESOURCE_CLASSES

@@ -150,7 +150,7 @@ class ProblemBoundary:
             log.exception("incident %s: %s %s failed", incident, scope["method"], scope["path"])
             if has_begun:
                 raise
-            error = EdgeKilnError(
+            failure = EdgeKilnError(
                 f"The server made an error. Its log has the particulars under incident {incident}.", incident=incident
             )
-            await make_problem_response(error)(scope, receive, send)
+            await make_problem_response(failure)(scope, receive, send)

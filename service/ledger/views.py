@@ -34,12 +34,21 @@ def read_job(connection: Connection, tenant_id: str, job_id: str) -> dict[str, A
         "request": job.request,
         "source": job.source,
         "variants": variants,
-        "steps": [{name: value for name, value in step.items() if name not in _INTERNAL} for step in steps],
+        "steps": [_public_step(step, {variant["id"]: variant["name"] for variant in variants}) for step in steps],
     }
 
 
 #: Fields of a step that its readers find elsewhere in the document.
 _INTERNAL = ("figures", "params", "variant_ids")
+
+
+def _public_step(step: Mapping[str, Any], variant_names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a step as its readers see it: with what tells it from others of its kind."""
+    return {
+        **{name: value for name, value in step.items() if name not in _INTERNAL},
+        "variants": [variant_names[variant_id] for variant_id in step["variant_ids"]],
+        "format": step["params"].get("format"),
+    }
 
 
 def _find_job(connection: Connection, tenant_id: str, job_id: str) -> Any:
@@ -283,4 +292,4 @@ def count_due_steps(connection: Connection) -> dict[str, int]:
     rows = connection.execute(
         select(Step.resource_class, func.count()).where(Step.state == StepState.QUEUED).group_by(Step.resource_class)
     )
-    return dict(rows.tuples().all())
+    return {resource_class: count for resource_class, count in rows}  # noqa: C416
