@@ -11,6 +11,7 @@ Four kinds of process, each doing one thing:
 """
 
 from workers.sandbox.isolation import Isolation, probe_isolation
-from workers.sandbox.parent import ChildResult, Limits, Sandbox, StopReason
+from workers.sandbox.outcome import ChildResult, Limits, StopReason
+from workers.sandbox.parent import Sandbox
 
 __all__ = ["ChildResult", "Isolation", "Limits", "Sandbox", "StopReason", "probe_isolation"]

@@ -63,7 +63,7 @@ def _copy(names: tuple[str, ...]) -> dict[str, str]:
 def _list_import_paths(environment: Mapping[str, str]) -> list[str]:
     """Return where a child finds this package and what the operator added, as absolute paths."""
     package_root = str(Path(__file__).parents[2])
-    paths = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [str(Path(path).absolute()) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     # An installed package is found without help; naming its folder here would shadow the standard library.
     if package_root not in site.getsitepackages():
         paths.insert(0, package_root)

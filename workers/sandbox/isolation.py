@@ -111,7 +111,7 @@ def _confine_files(readable: Iterable[str], writable: Iterable[Path], reasons: l
     for since, accesses in _ACCESSES_PER_VERSION:
         handled |= accesses if version >= since else 0
     on_file = (_READ_FILE | _WRITE_FILE | _EXECUTE | _TRUNCATE | _IOCTL) & handled
-    rules = [(path, (_READ if os.path.isdir(path) else _READ & on_file)) for path in readable]
+    rules = [(path, _READ if Path(path).is_dir() else _READ & on_file) for path in readable]
     rules += [(str(path), handled) for path in [*writable, _SHARED_MEMORY]]
     rules += [(path, on_file) for path in _WRITABLE_DEVICES]
     scoped = _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPE_VERSION else 0
@@ -128,9 +128,7 @@ def _expand_readable(readable: Iterable[Path]) -> Sequence[str]:
     paths = [*_SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *filter(None, sys.path)]
     for folder in readable:
         paths.append(str(folder))
-        for parent, folders, files in os.walk(folder):
-            links = (os.path.join(parent, name) for name in [*folders, *files])
-            paths += [os.path.realpath(link) for link in links if os.path.islink(link)]
+        paths += [str(path.resolve()) for path in folder.rglob("*") if path.is_symlink()]
     return list(dict.fromkeys(paths))
 
 

@@ -12,6 +12,7 @@ import platform
 import signal
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
@@ -87,11 +88,8 @@ def keep_capabilities(kept: int) -> None:
 
 
 def _read_permitted_capabilities() -> int:
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("CapPrm:"):
-                return int(line.split()[1], 16)
-    return 0
+    status = Path("/proc/self/status").read_text(errors="replace")
+    return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapPrm:"))
 
 
 def flush_c_streams() -> None:

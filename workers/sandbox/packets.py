@@ -59,9 +59,11 @@ class DocumentReader:
         Raises `EOFError` when the other end is closed.
         """
         try:
-            packet, fds, _, _ = socket.recv_fds(self._end, PACKET_BYTES + 1, 4, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionError as error:
-            raise EOFError("the other end is closed") from error
+            packet, fds = self._receive()
+        except ConnectionResetError:
+            # The other end closed without reading our last words. Linux reports that once, ahead of what the
+            # other end had said before.
+            packet, fds = self._receive()
         if not packet:
             raise EOFError("the other end is closed")
         self.fds = fds
@@ -73,6 +75,10 @@ class DocumentReader:
         if not isinstance(document, dict):
             raise ValueError("a packet that is no document")
         return document
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        packet, fds, _, _ = socket.recv_fds(self._end, PACKET_BYTES + 1, 4, socket.MSG_CMSG_CLOEXEC)
+        return packet, fds
 
     def read_document(self) -> dict[str, Any]:
         """Block until a whole document is here; raise `EOFError` when the other end is closed."""

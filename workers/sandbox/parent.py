@@ -1,14 +1,13 @@
 """The worker's side of the sandbox: ask for a run, watch it, say how it ended.
 
-Owns the zygotes (one per pool, started when first needed) and the translation of every end of a child into
-figures or a typed error. Knows nothing of steps, ledger or store. Called by `workers.runner` from several
+Owns the zygotes (one per pool, started when first needed) and the conversation with a run's supervisor; what
+an end means is `outcome`'s. Knows nothing of steps, ledger or store. Called by `workers.runner` from several
 threads at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import select
 import signal
@@ -19,71 +18,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from service.errors import (
-    ChildCrashed,
-    DeadlineExceeded,
-    EdgeKilnError,
-    InvalidSettings,
-    LeaseLost,
-    MemoryLimitExceeded,
-    RemoteError,
-    StepCancelled,
-)
 from workers.sandbox.environment import build_base_environment, build_child_environment
-from workers.sandbox.log import read_tail
+from workers.sandbox.outcome import ChildResult, Limits, StopReason, describe_end
 from workers.sandbox.packets import DocumentReader, open_pair, send_document
 
 #: How long a killed tree may take to vanish before its supervisor is killed too. Processes that wait for a dead
 #: disk cannot be killed at all; the worker must not hang with them.
 _END_GRACE_S = 10.0
 _LOG_LIMIT_BYTES = 4 * 1024 * 1024
-_MIB = 1024 * 1024
-
-
-class StopReason(enum.StrEnum):
-    """Why the worker ends a run that could go on."""
-
-    CANCELLED = "cancelled"
-    LEASE_LOST = "lease_lost"
-    SHUTDOWN = "shutdown"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one run may use."""
-
-    #: Seconds from the start of the child; waiting for a zygote does not count.
-    deadline_s: float
-    #: Limit of `ChildResult.peak_anon_bytes`; None for no limit.
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class ChildResult:
-    """How a run ended: exactly one of `figures` and `error` is set."""
-
-    figures: dict[str, Any] | None
-    error: EdgeKilnError | None
-    #: Set when the worker stopped the run; then `error` describes the stop, not a fault of the step.
-    stopped: StopReason | None
-    #: Where the step's files are; complete only when `error` is None.
-    output_dir: Path
-    log_path: Path
-    #: Largest VmHWM of any process of the run; counts mapped files.
-    peak_rss_bytes: int
-    #: Sum of RssAnon and RssShmem over the run's processes, at its sampled peak; counts pages that are shared
-    #: with the zygote.
-    peak_anon_bytes: int
-    #: Seconds from the child's start to the end of its last process.
-    duration_s: float
-    #: `strong` or `weak`; `isolation_reasons` says what the host refused.
-    isolation: str
-    isolation_reasons: tuple[str, ...]
 
 
 class _Zygote:
@@ -262,6 +208,7 @@ class _Run:
     """One run as the worker sees it."""
 
     def __init__(self, own_end: socket.socket, limits: Limits, output_dir: Path, log_path: Path) -> None:
+        self._asked = time.monotonic()
         self._end = own_end
         self._reader = DocumentReader(own_end)
         self._limits = limits
@@ -269,7 +216,7 @@ class _Run:
         self._log_path = log_path
         self._supervisor_fd: int | None = None
         self._isolation: dict[str, Any] | None = None
-        self._outcome: dict[str, Any] | None = None
+        self._end_document: dict[str, Any] | None = None
         self._is_over = False
         self._stopped: StopReason | None = None
         #: Why no child was started, if none was.
@@ -310,24 +257,17 @@ class _Run:
         self._end.close()
 
     def describe(self, pool: str) -> ChildResult:
-        """Translate what has happened."""
-        outcome = self._outcome or {}
-        figures: dict[str, Any] | None = None
-        error = self._find_error(pool, outcome)
-        if error is None:
-            figures = outcome["answer"]["figures"]
-        isolation = self._isolation or {"isolation": "weak", "reasons": ["The child ended before it was confined."]}
-        return ChildResult(
-            figures=figures,
-            error=error,
-            stopped=self._stopped if isinstance(error, (StepCancelled, LeaseLost)) else None,
+        """Translate what has happened; see `outcome.describe_end`."""
+        return describe_end(
+            self._end_document,
+            pool=pool,
+            limits=self._limits,
+            stopped=self._stopped,
+            not_started=self.not_started,
+            isolation=self._isolation,
             output_dir=self._output_dir,
             log_path=self._log_path,
-            peak_rss_bytes=outcome.get("peak_rss_bytes", 0),
-            peak_anon_bytes=outcome.get("peak_anon_bytes", 0),
-            duration_s=outcome.get("duration_s", 0.0),
-            isolation=isolation["isolation"],
-            isolation_reasons=tuple(isolation["reasons"]),
+            elapsed_s=time.monotonic() - self._asked,
         )
 
     def _receive(self, wait_s: float) -> dict[str, Any] | None:
@@ -354,75 +294,7 @@ class _Run:
             self.not_started = document["reason"]
             self._is_over = True
         elif kind == "end":
-            self._outcome = document
+            self._end_document = document
             self._is_over = True
         self._reader.close_fds()
         return None
-
-    def _find_error(self, pool: str, outcome: Mapping[str, Any]) -> EdgeKilnError | None:
-        answer = outcome.get("answer")
-        killed_for = outcome.get("killed_for")
-        if self.not_started is not None:
-            return InvalidSettings(
-                f"The pool {pool!r} of this worker cannot start steps. {self.not_started} Check the worker's "
-                "installation and its memory.",
-                pool=pool,
-            )
-        if answer is not None and "figures" in answer:
-            return None
-        if answer is not None:
-            return RemoteError(answer["error"])
-        if self._stopped is not None:
-            return _describe_stop(self._stopped)
-        if killed_for == "deadline":
-            return DeadlineExceeded(
-                f"The step was ended after {outcome['duration_s']:.0f} s; its deadline is "
-                f"{self._limits.deadline_s:.0f} s. Raise the deadline, or ask for less in one job.",
-                deadline_s=self._limits.deadline_s,
-            )
-        if killed_for == "memory":
-            return self._describe_memory(outcome)
-        return self._describe_crash(outcome)
-
-    def _describe_memory(self, outcome: Mapping[str, Any]) -> EdgeKilnError:
-        peak_bytes, limit_bytes = outcome["peak_anon_bytes"], self._limits.memory_bytes or 0
-        return MemoryLimitExceeded(
-            f"The step used {peak_bytes / _MIB:.0f} MiB of memory; its limit is {limit_bytes / _MIB:.0f} MiB. "
-            "Raise the worker's memory limit, or use a smaller checkpoint or context.",
-            peak_anon_bytes=peak_bytes,
-            memory_bytes=limit_bytes,
-        )
-
-    def _describe_crash(self, outcome: Mapping[str, Any]) -> EdgeKilnError:
-        exit_code = outcome.get("exit_code")
-        details: dict[str, Any] = {"log_tail": read_tail(self._log_path)}
-        if exit_code is None:
-            sentence = "The child process and its supervisor vanished without an answer. Something killed them."
-        elif exit_code < 0:
-            name = _name_signal(-exit_code)
-            details["signal"] = name
-            sentence = f"The child process was killed by {name}."
-            if name == "SIGKILL":
-                sentence += (
-                    " This worker did not send it; the usual sender is the kernel when the host runs out of memory."
-                    " Lower the worker's memory limit or its concurrency, or use a host with more memory."
-                )
-        else:
-            details["exit_code"] = exit_code
-            sentence = f"The child process ended with exit status {exit_code} and without an answer."
-        return ChildCrashed(f"{sentence} The end of its log is in `log_tail`.", **details)
-
-
-def _describe_stop(reason: StopReason) -> EdgeKilnError:
-    if reason is StopReason.LEASE_LOST:
-        return LeaseLost("The step's lease was lost while its child ran; the child was killed.")
-    if reason is StopReason.SHUTDOWN:
-        return StepCancelled("The worker shuts down; the step's child was killed and the step can run elsewhere.")
-    return StepCancelled("The step was cancelled; its child process was killed.")
-
-
-def _name_signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

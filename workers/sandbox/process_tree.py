@@ -1,7 +1,7 @@
 """A tree of processes as `/proc` shows it: who is in it, how much memory it holds, and how it is ended.
 
 Owns the parsing of `/proc` and the killing of trees; a signal never reaches a pid that may have been given
-to another process. Called by `supervisor` and `zygote`.
+to another process. Called by `supervisor`, `zygote` and `child`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,9 @@ class Memory:
 def list_children(pid: int) -> list[int]:
     """Return the direct children of `pid`, whichever of its threads forked them; none if it is gone."""
     children: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children") as file:
-                children += [int(word) for word in file.read().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        pass
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            children += [int(word) for word in (thread / "children").read_text().split()]
     return children
 
 
@@ -57,32 +55,14 @@ def kill_children() -> None:
         os.waitpid(children[0], 0)
 
 
-def kill_session(session_id: int) -> None:
-    """Kill every member of a session whose leader has not been reaped."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or _read_session(int(name)) != session_id:
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(int(name))
-            try:
-                # Asked again: now the descriptor holds the process, whatever becomes of its number.
-                if _read_session(int(name)) == session_id:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            finally:
-                os.close(pidfd)
-
-
 def measure_process(pid: int) -> Memory:
     """Return the memory of one process; zero if it is gone or a zombie."""
     figures = {"RssAnon": 0, "RssShmem": 0, "VmHWM": 0}
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name in figures:
-                    figures[name] = int(value.split()[0]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        pass
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name in figures:
+                figures[name] = int(value.split()[0]) * 1024
     return Memory(figures["RssAnon"] + figures["RssShmem"], figures["VmHWM"])
 
 
@@ -93,12 +73,3 @@ def measure_tree(pid: int) -> Memory:
         anon_bytes=sum(memory.anon_bytes for memory in measured),
         rss_bytes=max((memory.rss_bytes for memory in measured), default=0),
     )
-
-
-def _read_session(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command's name stands in brackets and may hold anything, brackets too.
-            return int(file.read().rpartition(b")")[2].split()[3])
-    except (FileNotFoundError, ProcessLookupError):
-        return None

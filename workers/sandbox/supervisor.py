@@ -55,6 +55,7 @@ class _Supervisor:
         self._lines = b""
         self._answer: dict[str, Any] | None = None
         self._progress: bytes | None = None
+        self._next_progress = 0.0
         self._killed_for: str | None = None
         self._peak_anon_bytes = 0
         self._peak_rss_bytes = 0
@@ -114,6 +115,7 @@ class _Supervisor:
             elif time.monotonic() >= next_sample:
                 self._sample()
                 next_sample = time.monotonic() + SAMPLE_INTERVAL_S
+            self._pass_progress_on()
 
     def _sample(self) -> None:
         _reap_orphans(self._child_pid)
@@ -123,7 +125,6 @@ class _Supervisor:
         limit_bytes = self._request["memory_bytes"]
         if limit_bytes is not None and memory.anon_bytes > limit_bytes:
             self._killed_for = "memory"
-        self._pass_progress_on()
 
     def _read_log(self, log_in: int) -> bool:
         """Move one piece of output into the log; return False when there is none."""
@@ -161,8 +162,13 @@ class _Supervisor:
         elif letter == b"I":
             self._send({"type": "isolation", **document})
 
-    def _pass_progress_on(self) -> None:
-        document = None if self._progress is None else _parse(self._progress)
+    def _pass_progress_on(self, *, is_last: bool = False) -> None:
+        """Send the newest progress, at most one per interval; the last one whenever it came."""
+        now = time.monotonic()
+        if self._progress is None or (now < self._next_progress and not is_last):
+            return
+        self._next_progress = now + SAMPLE_INTERVAL_S
+        document = _parse(self._progress)
         self._progress = None
         if document is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -174,7 +180,7 @@ class _Supervisor:
             pass
         while self._read_log(log_in):
             pass
-        self._pass_progress_on()
+        self._pass_progress_on(is_last=True)
         os.close(answer_in)
         os.close(log_in)
 

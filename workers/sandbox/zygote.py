@@ -21,11 +21,13 @@ from collections.abc import Sequence
 
 from workers.sandbox.kernel import adopt_orphans
 from workers.sandbox.packets import send_document
-from workers.sandbox.process_tree import kill_session
+from workers.sandbox.process_tree import list_children
 from workers.sandbox.supervisor import supervise
 
 #: How often ended supervisors are reaped; nobody waits for it.
 _REAP_INTERVAL_MS = 500
+#: How soon the next generation of a killed tree is looked for.
+_KILL_INTERVAL_MS = 20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,8 +62,9 @@ def _serve(control: socket.socket, failure: str | None) -> None:
     supervisors: set[int] = set()
     poller = select.poll()
     poller.register(control, select.POLLIN)
+    wait_ms: int | None = None
     while True:
-        if poller.poll(_REAP_INTERVAL_MS if supervisors else None):
+        if poller.poll(wait_ms):
             try:
                 packet, fds, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
             except ConnectionError:
@@ -71,7 +74,8 @@ def _serve(control: socket.socket, failure: str | None) -> None:
             for fd in fds:
                 with socket.socket(fileno=fd) as run_end, contextlib.suppress(OSError):
                     _answer_request(control, run_end, failure, supervisors)
-        _reap(supervisors)
+        has_strangers = _reap(supervisors)
+        wait_ms = _KILL_INTERVAL_MS if has_strangers else _REAP_INTERVAL_MS if supervisors else None
 
 
 def _answer_request(
@@ -99,22 +103,19 @@ def _answer_request(
         os._exit(0)
 
 
-def _reap(supervisors: set[int]) -> None:
-    """Reap whatever ended; what a supervisor left behind by dying early is killed first.
+def _reap(supervisors: set[int]) -> bool:
+    """Reap whatever ended and kill what supervisors left behind; return whether any of that still lives.
 
-    Until a supervisor is reaped its pid, and so the number of its session, cannot be given to anyone else.
+    A supervisor adopts its run's orphans, so a child of this process that is no supervisor lost its own one. Nobody
+    else reaps these children: their pids are theirs until then.
     """
-    while True:
-        try:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return
-        if ended is None:
-            return
-        if ended.si_pid in supervisors:
-            kill_session(ended.si_pid)
-        os.waitpid(ended.si_pid, 0)
-        supervisors.discard(ended.si_pid)
+    with contextlib.suppress(ChildProcessError):
+        while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+            supervisors.discard(pid)
+    strangers = set(list_children(os.getpid())) - supervisors
+    for pid in strangers:
+        os.kill(pid, signal.SIGKILL)
+    return bool(strangers)
 
 
 if __name__ == "__main__":
