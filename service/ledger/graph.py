@@ -36,9 +36,7 @@ def add_steps(
     `known_steps` maps names of specs that already have rows to their step ids, and grows.
     """
     job = tx.connection.execute(select(Job.tenant_id, Job.priority).where(Job.id == job_id)).one()
-    variant_ids = dict(
-        tx.connection.execute(select(Variant.name, Variant.id).where(Variant.job_id == job_id)).tuples().all()
-    )
+    variant_ids = dict(tx.connection.execute(select(Variant.name, Variant.id).where(Variant.job_id == job_id)).all())
     position = tx.connection.execute(
         select(func.coalesce(func.max(JobStep.position), -1)).where(JobStep.job_id == job_id)
     ).scalar_one()

@@ -35,8 +35,9 @@ def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantSt
     Benchmarks do not decide: a publication waits for one only through the graph, when a gate names its figure.
     """
     prelude = [step for step in steps if not step.variant_ids]
-    own = [step for step in steps if variant_id in step.variant_ids and step.kind != "benchmark"]
-    failure = _root_error(prelude) or _root_error(own)
+    served = [step for step in steps if variant_id in step.variant_ids]
+    own = [step for step in served if step.kind != "benchmark"]
+    failure = _root_error(prelude) or (_root_error(own) and _root_error(served))
     has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in own)
     if not own and not failure:
         return VariantState.PENDING, None

@@ -107,7 +107,7 @@ def _read_ancestor(connection: Connection, step_id: str, inputs: Mapping[str, st
         step.revision,
         step.toolchain_id,
         step.figures or {},
-        dict(outputs.tuples().all()),
+        dict(outputs.all()),
         inputs,
         isolation,
     )

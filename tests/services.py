@@ -1,0 +1,63 @@
+"""Servers that tests need: what an environment variable names, else one that the tests start themselves.
+
+A server that cannot be had skips the test with a reason on a developer's machine and fails it where `CI` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+def give_up(reason: str) -> NoReturn:
+    """Skip locally, fail in CI."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must have this: {reason}")
+    pytest.skip(reason)
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def postgres_url() -> Iterator[str]:
+    """Yield the SQLAlchemy URL of a PostgreSQL where databases may be made."""
+    named = os.environ.get("EDGEKILN_TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), reverse=True)
+    pg_ctl = shutil.which("pg_ctl") or (str(programs[0]) if programs else None)
+    if pg_ctl is None:
+        give_up("no PostgreSQL: set EDGEKILN_TEST_POSTGRES_URL or install the server")
+    # The server refuses to run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory(prefix="edgekiln-pg-") as folder:
+        Path(folder).chmod(0o777)
+        data, port = f"{folder}/data", free_port()
+        initdb = str(Path(pg_ctl).with_name("initdb"))
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        subprocess.run(
+            [*user, initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"], check=True, capture_output=True
+        )
+        start = [*user, pg_ctl, "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "start"]
+        subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+        finally:
+            stop = [*user, pg_ctl, "-D", data, "-m", "immediate", "-w", "stop"]
+            subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
