@@ -20,7 +20,7 @@ from service.ledger.database import Database, migrate
 from service.queue import Poker
 from service.queue import make_app as make_queue
 from service.settings import Settings, load_settings
-from service.storage import S3Options, open_store
+from service.storage import open_configured_store
 
 #: How long requests in progress may go on after the signal to stop.
 _DRAIN_S = 3
@@ -41,14 +41,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, listener: socket.socket | None = None) -> None:
     """Serve until SIGTERM or SIGINT; on `listener`, if one is given, else on the settings' address."""
     migrate(settings.ledger_url)
-    s3 = S3Options(
-        endpoint_url=settings.s3_endpoint_url or None,
-        region=settings.s3_region or None,
-        request_checksum_calculation="when_supported"
-        if settings.s3_request_checksums == "when_supported"
-        else "when_required",
-    )
-    store = open_store(settings.object_store_url, s3)
+    store = open_configured_store(settings)
     database = Database(settings.ledger_url, Poker(make_queue(settings)))
     try:
         app = make_app(settings, database, store)
