@@ -1,0 +1,120 @@
+"""The step `plan`: facts, defaults, and requests that a checkpoint cannot fulfil."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import ChatTemplateInvalid, RequestUnfit, TokenizerUnsupported, UnknownName
+from tests.unit.workers.fetch import tiny_checkpoint as tiny
+from workers.fetch import plan
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.write_tiny(tmp_path / "checkpoint")
+
+
+def run(folder: Path, **params: Any) -> dict[str, Any]:
+    asked = {"engines": ["auto"], "formats": ["tflite"], "prefill_lengths": None, "context_length": None, **params}
+    return plan.run(asked, {"checkpoint": folder}, folder / "none", tiny.ignore_progress)
+
+
+def test_facts_are_complete(folder: Path) -> None:
+    figures = run(folder, engines=["auto", "traced", "reauthored"])
+    reasons = figures.pop("engine_reasons")
+    assert reasons["auto"].startswith("auto chooses reauthored for LlamaForCausalLM")
+    parameters = sum(values.size for values in tiny.build_tensors().values())
+    assert figures == {
+        "architecture": "LlamaForCausalLM",
+        "family": "llama",
+        "engines": {"auto": "reauthored", "traced": "traced", "reauthored": "reauthored"},
+        "prefill_lengths": [32],
+        "context_length": 64,
+        "model_context_length": 64,
+        "parameters": parameters,
+        "weights_bytes": 2 * parameters,
+        "weights_dtype": "bfloat16",
+        "tokenizer": "json",
+        "has_chat_template": True,
+        "has_evaluation": False,
+        "vocabulary_size": 12,
+        "layers": 2,
+    }
+    assert json.loads(json.dumps(figures)) == figures
+
+
+@pytest.mark.parametrize(
+    ("model_context", "context", "prefill"), [(2, 2, [1]), (64, 64, [32]), (512, 512, [128]), (131072, 1280, [128])]
+)
+def test_default_lengths_follow_the_model(tmp_path: Path, model_context: int, context: int, prefill: list[int]) -> None:
+    figures = run(tiny.write_tiny(tmp_path / "c", max_position_embeddings=model_context))
+    assert (figures["context_length"], figures["prefill_lengths"]) == (context, prefill)
+    assert figures["model_context_length"] == model_context
+
+
+def test_lengths_are_taken_as_asked_in_ascending_order(folder: Path) -> None:
+    figures = run(folder, prefill_lengths=[48, 8, 48], context_length=48)
+    assert (figures["context_length"], figures["prefill_lengths"]) == (48, [8, 48])
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"context_length": 65}, "65 tokens was asked for, but the model's is 64"),
+        ({"context_length": 1}, "at least 2"),
+        ({"context_length": 32, "prefill_lengths": [8, 33]}, "33 tokens exceeds the context of 32"),
+        ({"prefill_lengths": [0]}, "not positive"),
+        ({"prefill_lengths": []}, "ask for 1 to 8"),
+        ({"prefill_lengths": list(range(1, 10))}, "ask for 1 to 8"),
+    ],
+)
+def test_lengths_that_the_checkpoint_cannot_have_are_unfit(folder: Path, params: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestUnfit, match=reason):
+        run(folder, **params)
+
+
+def test_an_engine_that_does_not_convert_the_family_is_unfit(tmp_path: Path) -> None:
+    folder = tiny.write_tiny(tmp_path / "c", architectures=["MistralForCausalLM"], model_type="mistral")
+    assert run(folder)["engines"] == {"auto": "reauthored"}
+    with pytest.raises(RequestUnfit, match=r"'traced' does not convert MistralForCausalLM; ask for reauthored"):
+        run(folder, engines=["traced"])
+
+
+def test_unknown_names_offer_the_nearest(folder: Path) -> None:
+    with pytest.raises(UnknownName, match="'litertlm'"):
+        run(folder, formats=["litert-lm"])
+    with pytest.raises(UnknownName, match="'traced'"):
+        run(folder, engines=["trace"])
+
+
+def test_task_needs_a_tokenizer_that_can_be_rebuilt(folder: Path) -> None:
+    assert run(folder, formats=["task"])
+    tiny.write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
+    assert run(folder, formats=["tflite", "litertlm"])
+    with pytest.raises(TokenizerUnsupported, match=r"WordPiece model.*ask for litertlm"):
+        run(folder, formats=["litertlm", "task"])
+
+
+def test_an_endless_chat_template_is_a_sentence_and_not_a_deadline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.fetch.chat_template.TIME_S", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    with pytest.raises(ChatTemplateInvalid, match=r"chat_template\.jinja does not end within"):
+        run(folder)
+
+
+def test_heavy_libraries_are_never_imported() -> None:
+    script = (
+        "import sys, workers.fetch.plan, workers.fetch.fetch, workers.fetch.resolve;"
+        "print([name for name in ('torch', 'transformers', 'tensorflow', 'litert_torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
