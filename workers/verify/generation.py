@@ -6,7 +6,7 @@ not. Must not run a model or judge a figure. Called by `workers.verify.verify`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,21 @@ class Answer:
     prompt_tokens: int
     #: Tokens generated, the stop token included.
     generated_tokens: int
+    #: Whether the runtime could not print what came next.
+    is_cut: bool = False
 
 
 class Comparison:
     """Counts how far the answers follow expected tokens, prompt after prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, near_tie_margin: float) -> None:
-        """`near_tie_margin`: logit margin at or below which two runs may rightly choose differently."""
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Callable[[Sequence[int]], str], near_tie_margin: float) -> None:
+        """`decode`: how the artifact itself prints tokens, so that a difference is one of tokens.
+
+        `near_tie_margin`: logit margin at or below which two runs may rightly choose differently.
+        """
+        self._decode = decode
         self._near_tie_margin = near_tie_margin
-        self._prompts = self._compared = self._matched = self._skipped = 0
+        self._prompts = self._compared = self._matched = self._skipped = self._cut = 0
         self._stops_expected = self._stops_missed = 0
         self._first_divergence: dict[str, float | int | str] | None = None
 
@@ -47,6 +52,9 @@ class Comparison:
         kept = len(expected.tokens) - int(expected.stopped)
         ties = (step for step in range(len(expected.tokens)) if expected.margins[step] <= self._near_tie_margin)
         certain = next(ties, len(expected.tokens))
+        if answer.is_cut:
+            self._cut += 1
+            certain = min(certain, answer.generated_tokens)
         compared = min(certain, kept)
         matched = self._count_followed(expected.tokens[:compared], answer.text)
         if expected.stopped and certain > kept and matched == compared:
@@ -66,6 +74,7 @@ class Comparison:
         figures: dict[str, Any] = {
             "prompts": self._prompts,
             "prompts_skipped": self._skipped,
+            "answers_cut": self._cut,
             "tokens_compared": self._compared,
             "near_tie_margin": self._near_tie_margin,
             "stops_expected": self._stops_expected,
@@ -80,7 +89,7 @@ class Comparison:
     def _count_followed(self, tokens: Sequence[int], text: str) -> int:
         """Return how many of `tokens`, decoded together, `text` begins with."""
         for count in range(len(tokens), 0, -1):
-            if text.lstrip(" ").startswith(decode_tokens(self._tokenizer, tokens[:count]).rstrip("\ufffd").lstrip(" ")):
+            if text.lstrip(" ").startswith(self._decode(tokens[:count]).rstrip("\ufffd").lstrip(" ")):
                 return count
         return 0
 

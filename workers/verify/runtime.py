@@ -6,6 +6,7 @@ Owns every question that is put to `litert_lm.Engine`. Must not know thresholds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,10 @@ from workers.verify.generation import Answer
 litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
 
 _GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+
+
+class _DecodeFailed(Exception):
+    """The runtime stopped in the middle of an answer."""
 
 
 class Runtime:
@@ -54,18 +59,46 @@ class Runtime:
         start = self._engine.bos_token_id
         return ([] if start is None else [start]) + list(self._engine.tokenize(text))
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text that the runtime makes of ids."""
+        return str(self._engine.detokenize(list(tokens)))
+
     def answer(self, prompt: str, limit_tokens: int) -> Answer:
         """Continue a raw prompt greedily by at most `limit_tokens`.
 
-        Raises `VerificationFailed` when the runtime fails or generates no token at all.
+        LiteRT-LM 0.18.1 fails ("Stable text shrunk compared to released") where a model with a byte-fallback
+        `tokenizer.json` generates bytes that are no UTF-8, as random weights do: then the answer is cut short of
+        that point, and says so. Raises `VerificationFailed` for every other failure, and for no token at all.
         """
+        answer = self._try_answer(prompt, limit_tokens)
+        if answer is not None:
+            return answer
+        longest, failing = 0, limit_tokens
+        while failing - longest > 1:
+            middle = (longest + failing) // 2
+            shorter = self._try_answer(prompt, middle)
+            if shorter is None:
+                failing = middle
+            else:
+                answer, longest = shorter, middle
+        if answer is None or "\ufffd" not in answer.text:
+            raise VerificationFailed(
+                f"LiteRT-LM fails on {self._name} at generated token {failing} for the prompt {prompt[:40]!r}.",
+                file=self._name,
+            )
+        return replace(answer, is_cut=True)
+
+    def _try_answer(self, prompt: str, limit_tokens: int) -> Answer | None:
+        """Return the answer, or None when decoding failed and a shorter answer may still succeed."""
         try:
             with self._engine.create_session(
                 apply_prompt_template=False, sampler_config=_GREEDY, max_output_tokens=limit_tokens
             ) as session:
                 session.run_prefill([prompt])
-                texts = session.run_decode().texts
+                text = "".join(self._decode(session))
                 info = session.get_benchmark_info()
+        except _DecodeFailed:
+            return None
         except RuntimeError as error:
             raise VerificationFailed(
                 f"LiteRT-LM fails on {self._name} with the prompt {prompt[:40]!r}: {error}.", file=self._name
@@ -74,7 +107,13 @@ class Runtime:
             raise VerificationFailed(
                 f"LiteRT-LM generates 0 tokens from {self._name} for the prompt {prompt[:40]!r}.", file=self._name
             )
-        return Answer("".join(texts), info.last_prefill_token_count, info.last_decode_token_count)
+        return Answer(text, info.last_prefill_token_count, info.last_decode_token_count)
+
+    def _decode(self, session: Any) -> list[str]:
+        try:
+            return list(session.run_decode().texts)
+        except RuntimeError as error:
+            raise _DecodeFailed from error
 
     def compare_tokenizer(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         """Return how often the runtime's tokenizer differs from the source's: share of samples, both ways."""

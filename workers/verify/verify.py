@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from service.errors import VerificationFailed
 from service.recipes import FORMATS, require_known
 from workers.steps import Progress, run_by_hand
 from workers.verify import contents, parity, probe
-from workers.verify.generation import Answer, Comparison, describe_generation
+from workers.verify.generation import Answer, Comparison, decode_tokens, describe_generation
 from workers.verify.graph import Graph
 from workers.verify.probe import Generation
 from workers.verify.runtime import Runtime
@@ -32,8 +32,16 @@ GRAPH_PROMPTS = 16
 #: Share of the logit range below which the runtime and the interpreter, on equal graphs, may choose differently.
 GRAPH_TIE_RATIO = 1e-3
 
-#: Answers one prompt of the reference.
-Answerer = Callable[[Mapping[str, Any]], Answer]
+
+@dataclass(frozen=True)
+class Asked:
+    """An artifact that answers prompts of the reference: a bare graph or a bundle in its runtime."""
+
+    answer: Callable[[Mapping[str, Any]], Answer]
+    #: Whether the artifact's tokenizer reads a prompt as the source's does.
+    is_alike: Callable[[Mapping[str, Any]], bool]
+    #: How the artifact prints tokens.
+    decode: Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,8 @@ def prove_graph(graph: Graph, reference: Reference, figures: Mapping[str, Any], 
         generation = graph.generate(item["tokens"], item["limit_tokens"], reference.stop_tokens)
         return describe_generation(reference.tokenizer, len(item["tokens"]), generation)
 
-    return prove_answers(answer, lambda item: True, reference, figures, progress)
+    asked = Asked(answer, lambda item: True, lambda tokens: decode_tokens(reference.tokenizer, tokens))
+    return prove_answers(asked, reference, figures, progress)
 
 
 def prove_bundle(
@@ -117,9 +126,10 @@ def prove_bundle(
         def is_alike(item: Mapping[str, Any]) -> bool:
             return runtime.encode(str(item["prompt"])) == list(item["tokens"])
 
-        proven = prove_answers(answer, is_alike, reference, figures, progress)
+        asked = Asked(answer, is_alike, runtime.decode)
+        proven = prove_answers(asked, reference, figures, progress)
         progress("runtime against its own graph", 0.95)
-        proven["graph_generation"] = compare_with_graph(answer, is_alike, graph, reference)
+        proven["graph_generation"] = compare_with_graph(asked, graph, reference)
         proven["tokenizer"] = runtime.compare_tokenizer(reference.document["tokenizer_samples"])
         declared = {sequence[0] for sequence in runtime.stop_tokens if len(sequence) == 1}
         proven["stop_tokens"] = {
@@ -138,27 +148,21 @@ def fit_prompt(item: Mapping[str, Any], runtime: Runtime) -> str:
     return text
 
 
-def prove_answers(
-    answer: Answerer,
-    is_alike: Callable[[Mapping[str, Any]], bool],
-    reference: Reference,
-    figures: Mapping[str, Any],
-    progress: Progress,
-) -> dict[str, Any]:
+def prove_answers(asked: Asked, reference: Reference, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Ask the artifact everything the source was asked; return `quality`, `generation` and `context` figures.
 
-    A prompt that the artifact's tokenizer reads differently (`is_alike` is false) counts for accuracy, which is what
+    A prompt that the artifact's tokenizer reads differently counts for accuracy, which is what
     users see, but its tokens are not compared.
     """
-    comparison = Comparison(reference.tokenizer, 2 * figures["parity"]["max_abs_error"])
+    comparison = Comparison(asked.decode, 2 * figures["parity"]["max_abs_error"])
     document = reference.document
     items = [*document["prompts"], *document["evaluation"]]
     usable_tokens = correct = 0
     for number, item in enumerate(items):
         if number % 32 == 0:
             progress("generating", 0.65 + 0.3 * number / len(items))
-        given = answer(item)
-        if is_alike(item):
+        given = asked.answer(item)
+        if asked.is_alike(item):
             comparison.add(item["prompt"], expected_generation(item), given)
         else:
             comparison.skip()
@@ -178,16 +182,14 @@ def prove_answers(
     return {"quality": quality, "generation": comparison.describe(), "context": context}
 
 
-def compare_with_graph(
-    answer: Answerer, is_alike: Callable[[Mapping[str, Any]], bool], graph: Graph, reference: Reference
-) -> dict[str, Any]:
+def compare_with_graph(asked: Asked, graph: Graph, reference: Reference) -> dict[str, Any]:
     """Return how the runtime's generations agree with the interpreter's on the very same graph, whatever the recipe."""
     margin = GRAPH_TIE_RATIO * float(reference.logits.max() - reference.logits.min())
-    comparison = Comparison(reference.tokenizer, margin)
+    comparison = Comparison(asked.decode, margin)
     for item in [*reference.document["prompts"], *reference.document["evaluation"][:GRAPH_PROMPTS]]:
-        if is_alike(item):
+        if asked.is_alike(item):
             expected = graph.generate(item["tokens"], item["limit_tokens"], reference.stop_tokens)
-            comparison.add(item["prompt"], expected, answer(item))
+            comparison.add(item["prompt"], expected, asked.answer(item))
         else:
             comparison.skip()
     return comparison.describe()
