@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from service.storage import (
     open_store,
     read_object,
 )
+from tests.services import give_up
 
 #: The least that S3 takes for any part but the last.
 PART_BYTES = 5 << 20
@@ -51,17 +51,10 @@ class Bench:
     begin_upload: Callable[[], None]
 
 
-def _explain_missing_server() -> str | None:
-    return None if importlib.util.find_spec("swift") else "the test requirement `swift` is not installed"
-
-
 @pytest.fixture(scope="session")
 def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
-    reason = _explain_missing_server()
-    if reason:
-        if os.environ.get("CI"):
-            pytest.fail(f"No S3 server: {reason}.")
-        pytest.skip(f"No S3 server: {reason}.")
+    if importlib.util.find_spec("swift") is None:
+        give_up("an S3 server: the test requirement `swift` is not installed")
     folder = tmp_path_factory.mktemp("swift")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("s3_server.py")), str(folder)]
     with (
