@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, processors
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.addition_data import (
     BOS,
@@ -109,38 +109,12 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
         name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in sorted(model.state_dict().items())
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    _write_json(
-        folder / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": config.max_position_embeddings,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": ROPE_THETA,
-            "rope_scaling": None,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "initializer_range": config.initializer_range,
-            "use_cache": True,
-            "torch_dtype": "bfloat16",
-            **_special_token_ids(),
-        },
-    )
+    _write_json(folder / "config.json", _describe_model(model.config))
     _write_json(
         folder / "generation_config.json",
         {"do_sample": False, "max_new_tokens": 16, **_special_token_ids()},
     )
-    _write_tokenizer(folder, config.max_position_embeddings)
+    _write_tokenizer(folder, model.config.max_position_embeddings)
 
 
 def write_evaluation(pairs: list[Pair], folder: Path) -> None:
@@ -166,6 +140,33 @@ def write_model_card(model: LlamaForCausalLM, figures: dict[str, str], folder: P
         special_count=len(SPECIAL_TOKENS),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _describe_model(config: LlamaConfig) -> dict[str, Any]:
+    """Return `config.json` with the keys that published Llama checkpoints have, which newer libraries still read."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": config.initializer_range,
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        **_special_token_ids(),
+    }
 
 
 def _write_tokenizer(folder: Path, context_tokens: int) -> None:

@@ -3,7 +3,7 @@
 Owns the model's shape, the training and the measuring. Run by hand, from the repository's root:
 
     python -m examples.train_addition --help
-    python -m examples.train_addition --output-dir examples/addition --threads 2
+    python -m examples.train_addition --output-dir examples/addition
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def measure_accuracy(
             prompts, add_special_tokens=not chat, return_tensors="pt", padding=True, padding_side="left"
         )
         # No longer answer than three digits and the end token is right, so no more are generated.
-        generated = model.generate(**encoded, max_new_tokens=4, do_sample=False)  # type: ignore[misc]
+        generated = model.generate(**encoded, max_new_tokens=4, do_sample=False)
         texts = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :])
         for pair, text in zip(chunk, texts, strict=True):
             answer, end, _ = text.partition(EOS)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=256, help="answers learned from in one step")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and training order; never of the split")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads; the count changes roundings")
     arguments = parser.parse_args(argv)
 
     torch.set_num_threads(arguments.threads)
