@@ -28,9 +28,13 @@ class _DecodeFailed(Exception):
 class Runtime:
     """A bundle, loaded by LiteRT-LM on the CPU; use as a context manager."""
 
-    def __init__(self, bundle: Path, cache_dir: Path, threads: int | None = None) -> None:
-        """Load `bundle`; caches go to `cache_dir`. Raises `VerificationFailed` when the runtime refuses it."""
+    def __init__(self, bundle: Path, cache_dir: Path, has_byte_fallback: bool, threads: int | None = None) -> None:
+        """Load `bundle`; caches go to `cache_dir`. Raises `VerificationFailed` when the runtime refuses it.
+
+        `has_byte_fallback`: whether the source's tokenizer spells unknown characters as bytes; see `answer`.
+        """
         self._name = bundle.name
+        self._has_byte_fallback = has_byte_fallback
         try:
             self._engine = litert_lm.Engine(
                 str(bundle),
@@ -81,7 +85,7 @@ class Runtime:
                 failing = middle
             else:
                 answer, longest = shorter, middle
-        if answer is None or "\ufffd" not in answer.text:
+        if answer is None or not self._has_byte_fallback:
             raise VerificationFailed(
                 f"LiteRT-LM fails on {self._name} at generated token {failing} for the prompt {prompt[:40]!r}.",
                 file=self._name,

@@ -118,7 +118,10 @@ def prove_bundle(
     artifact: Path, graph: Graph, reference: Reference, figures: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
     """Return everything that only the real runtime can show."""
-    with tempfile.TemporaryDirectory() as cache_dir, Runtime(artifact, Path(cache_dir)) as runtime:
+    with (
+        tempfile.TemporaryDirectory() as cache_dir,
+        Runtime(artifact, Path(cache_dir), has_byte_fallback(reference.tokenizer)) as runtime,
+    ):
 
         def answer(item: Mapping[str, Any]) -> Answer:
             return runtime.answer(fit_prompt(item, runtime), item["limit_tokens"])
@@ -138,6 +141,11 @@ def prove_bundle(
             "missing": len(reference.stop_tokens - declared),
         }
     return proven
+
+
+def has_byte_fallback(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer spells characters it does not know as bytes, one token each."""
+    return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback"))
 
 
 def fit_prompt(item: Mapping[str, Any], runtime: Runtime) -> str:
