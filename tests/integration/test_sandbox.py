@@ -325,6 +325,14 @@ def test_credential_arrives_and_leaves_no_trace(run: Run, tmp_path: Path) -> Non
     assert result.isolation == "weak" or (seen["outside_read"], seen["outside_write"]) == ("allowed", "PermissionError")
 
 
+def test_folder_given_to_the_step_is_writable(run: Run, tmp_path: Path) -> None:
+    cache = tmp_path / "source"
+    cache.mkdir()
+    seen, _ = look_around(run, tmp_path, writable=[cache])
+    assert seen["input_write"] == "allowed"
+    assert (cache / "new").read_text() == "x"
+
+
 # --- many runs ----------------------------------------------------------------------------------
 
 

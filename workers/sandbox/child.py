@@ -72,7 +72,7 @@ def run_child(request: Mapping[str, Any], supervisor_pid: int, answer_fd: int, l
         isolation = isolate(
             network=request["network"],
             readable=[Path(folder) for folder in request["inputs"].values()],
-            writable=[Path(request["output_dir"]), Path(request["scratch_dir"])],
+            writable=[Path(folder) for folder in request["writable"]],
         )
         # The kernel forgets this setting when a process changes its credentials.
         kernel.die_with_parent()

@@ -20,9 +20,10 @@ from typing import Any
 
 from workers.sandbox import kernel
 
-_READ_FILE, _READ_DIR, _EXECUTE, _WRITE_FILE, _TRUNCATE, _IOCTL = 1 << 2, 1 << 3, 1 << 0, 1 << 1, 1 << 14, 1 << 15
-_READ = _READ_FILE | _READ_DIR | _EXECUTE
-_ACCESSES_PER_VERSION = ((1, (1 << 13) - 1), (2, 1 << 13), (3, _TRUNCATE), (5, _IOCTL))
+_READ = kernel.ACCESS_EXECUTE | kernel.ACCESS_READ_FILE | kernel.ACCESS_READ_DIR
+#: The accesses that Landlock controls, by the version that began to: all of its first, then renaming between
+#: folders, truncation, device calls.
+_ACCESSES_SINCE = ((1, (1 << 13) - 1), (2, 1 << 13), (3, kernel.ACCESS_TRUNCATE), (5, kernel.ACCESS_IOCTL))
 _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS = 0b11
 _SCOPE_VERSION = 6
 
@@ -108,12 +109,10 @@ def _confine_files(readable: Iterable[str], writable: Iterable[Path], reasons: l
         reasons.append(f"The kernel offers no Landlock ({error}): steps can read and write what their user can.")
         return "open"
     handled = 0
-    for since, accesses in _ACCESSES_PER_VERSION:
+    for since, accesses in _ACCESSES_SINCE:
         handled |= accesses if version >= since else 0
-    on_file = (_READ_FILE | _WRITE_FILE | _EXECUTE | _TRUNCATE | _IOCTL) & handled
-    rules = [(path, _READ if Path(path).is_dir() else _READ & on_file) for path in readable]
-    rules += [(str(path), handled) for path in [*writable, _SHARED_MEMORY]]
-    rules += [(path, on_file) for path in _WRITABLE_DEVICES]
+    rules = [(path, _READ) for path in readable]
+    rules += [(str(path), handled) for path in [*writable, _SHARED_MEMORY, *_WRITABLE_DEVICES]]
     scoped = _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPE_VERSION else 0
     try:
         kernel.landlock_restrict(handled, scoped, rules)

@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import signal
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,15 @@ _SYS_LANDLOCK_ADD_RULE = 445
 _SYS_LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
+
+ACCESS_EXECUTE = 1 << 0
+ACCESS_WRITE_FILE = 1 << 1
+ACCESS_READ_FILE = 1 << 2
+ACCESS_READ_DIR = 1 << 3
+ACCESS_TRUNCATE = 1 << 14
+ACCESS_IOCTL = 1 << 15
+#: What a rule for a file, not a folder, may grant.
+_ACCESSES_OF_FILES = ACCESS_EXECUTE | ACCESS_WRITE_FILE | ACCESS_READ_FILE | ACCESS_TRUNCATE | ACCESS_IOCTL
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -110,7 +120,8 @@ def landlock_version() -> int:
 def landlock_restrict(handled: int, scoped: int, rules: Sequence[tuple[str, int]]) -> None:
     """Deny the file accesses in `handled` except where a rule (path, allowed accesses) grants them.
 
-    `scoped` needs version 6. A path that does not exist is skipped: there is nothing to grant.
+    `scoped` needs version 6. A path that does not exist, or that this user cannot reach, is
+    skipped: there is nothing to grant.
     """
     attributes = struct.pack("=QQQ", handled, 0, scoped)
     size = 24 if scoped else 8
@@ -129,10 +140,11 @@ def landlock_restrict(handled: int, scoped: int, rules: Sequence[tuple[str, int]
 def _add_rule(ruleset: int, path: str, allowed: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     try:
-        rule = struct.pack("=Qi", allowed, fd)
+        is_folder = stat.S_ISDIR(os.fstat(fd).st_mode)
+        rule = struct.pack("=Qi", allowed if is_folder else allowed & _ACCESSES_OF_FILES, fd)
         _check(
             _libc.syscall(
                 _SYS_LANDLOCK_ADD_RULE, ruleset, ctypes.c_int(_LANDLOCK_RULE_PATH_BENEATH), rule, ctypes.c_uint32(0)

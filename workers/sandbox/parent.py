@@ -132,14 +132,17 @@ class Sandbox:
         on_progress: Callable[[str, float | None], None],
         should_stop: Callable[[], StopReason | None],
         credential: str | None = None,
+        writable: Sequence[Path] = (),
         poll_s: float = 0.5,
     ) -> ChildResult:
         """Run `target` ("package.module:function") in a child and block until all its processes are gone.
 
-        The child may write below `step_dir` alone, into `output/` (its outputs), `home/` and `scratch/` (also
-        its working directory); its log is `step_dir/log.txt`. `credential` reaches the function as
-        `params["credential"]`. `should_stop` is called every `poll_s` seconds in this thread; what it or
-        `on_progress` raises ends the run and is raised here. Every end of the child itself is a `ChildResult`.
+        The child may write into `step_dir`'s `output/` (its outputs), `home/` and `scratch/` (also its working
+        directory), and into the existing folders named in `writable`; its log is `step_dir/log.txt`. Without
+        network it may read its inputs and those folders, and of the rest only the system and the interpreter.
+        `credential` reaches the function as `params["credential"]`. `should_stop` is called every `poll_s` seconds
+        in this thread; what it or `on_progress` raises ends the run and is raised here. Every end of the child
+        itself is a `ChildResult`.
         """
         if not target.startswith(self._target_prefixes) or ":" not in target:
             raise ValueError(f"{target!r} is no step function: it must start with one of {self._target_prefixes}.")
@@ -153,6 +156,7 @@ class Sandbox:
             "inputs": {name: str(folder.absolute()) for name, folder in inputs.items()},
             "output_dir": str(folders["output"]),
             "scratch_dir": str(folders["scratch"]),
+            "writable": [str(folder.absolute()) for folder in [*folders.values(), *writable]],
             "network": network,
             "credential": credential,
             "environment": build_child_environment(
