@@ -231,7 +231,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         if self.hub.faults.echoes_credentials:
             message = f"{message} {self.headers.get('Authorization')}"
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        headers = {"X-Error-Message": message, "X-HF-Warning": f"{message}; {message}"}
+        headers |= {"X-Error-Code": code} if code else {}
         self._send_json(status, {"error": message}, headers)
 
     def _send_json(self, status: int, document: dict[str, Any], headers: dict[str, str] | None = None) -> None:

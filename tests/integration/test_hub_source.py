@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 
 from service.errors import (
     CheckpointUnsafe,
+    DiskFull,
     EdgeKilnError,
+    InvalidRequest,
+    InvalidSettings,
     SourceForbidden,
     SourceNotFound,
     SourceUnavailable,
@@ -161,7 +165,7 @@ def test_the_next_attempt_resumes_from_the_cache_folder(hub: HubServer, tmp_path
     assert [(request.path.rsplit("/", 1)[1], request.range) for request in downloads] == [
         ("model.safetensors", "bytes=500000-")
     ]
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_server_without_ranges_is_read_from_the_start(hub: HubServer, tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ def test_a_damaged_partial_file_is_found_and_dropped(hub: HubServer, tmp_path: P
     hub.faults = Faults(cut_after_bytes=500_000, ignores_ranges=True)
     with pytest.raises(SourceUnavailable):
         bring(source, tmp_path / "first", cache_dir=str(cache_dir))
-    (part,) = cache_dir.glob("*/model.safetensors")
+    part = cache_dir / "model.safetensors"
     part.write_bytes(b"x" * part.stat().st_size)
     hub.faults = Faults()
     with pytest.raises(SourceUnavailable, match="other bytes"):
@@ -331,3 +335,50 @@ def test_two_fetches_of_one_source_on_one_host_do_not_share_a_partial_file(hub: 
     fetch.run({"source": source, "cache_dir": str(tmp_path / "cache")}, {}, tmp_path / "first", fetch_again)
     assert refused
     assert (tmp_path / "first" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_full_disk_is_named(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_commit(REPO, FILES)
+    source = pin(hub)["source"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match="No space is left"):
+        fetch.run({"source": source}, {}, tmp_path / "out", ignore_progress)
+
+
+def test_partial_downloads_that_nobody_resumes_are_deleted(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_commit(REPO, FILES)
+    source = pin(hub)["source"]
+    stale, fresh, other = (tmp_path / "cache" / name for name in ("a" * 64, "b" * 64, "notes"))
+    for folder in (stale, fresh, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"part")
+    for folder in (stale, other):
+        os.utime(folder, (0, 0))
+    bring(source, tmp_path / "out", cache_dir=str(tmp_path / "cache" / ("c" * 64)))
+    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == [fresh.name, other.name]
+
+
+def test_a_token_is_not_sent_in_the_clear(tmp_path: Path) -> None:
+    source = {"kind": "hub", "repo": REPO, "endpoint": "http://hub.example"}
+    with pytest.raises(InvalidSettings, match="in the clear"):
+        resolve.run({"source": source, "credential": TOKEN}, {}, tmp_path, ignore_progress)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repo": "../../etc"},
+        {"repo": "a/b/c"},
+        {"repo": "a/b?x=1"},
+        {"revision": "main?x"},
+        {"endpoint": "ftp://hub.example"},
+        {"endpoint": "https://user:secret@hub.example"},
+        {"endpoint": "https://hub.example/?x=1"},
+    ],
+)
+def test_names_that_could_change_the_address_are_invalid(tmp_path: Path, fields: dict[str, str]) -> None:
+    source = {"kind": "hub", "repo": REPO, "endpoint": "https://hub.example", **fields}
+    with pytest.raises(InvalidRequest) as caught:
+        resolve.run({"source": source}, {}, tmp_path, ignore_progress)
+    assert "secret" not in caught.value.message

@@ -38,6 +38,7 @@ MAX_REDIRECTS = 5
 #: Partial downloads that nobody resumed for this long are deleted.
 STALE_CACHE_S = 7 * 24 * 3600
 
+_KEY = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -58,7 +59,8 @@ def download_all(
 ) -> list[FetchedFile]:
     """Download every file into `output_dir`, smallest first, and return them with their digests, sorted by name.
 
-    With `cache_dir` the files are completed there and moved at the end, so that a failure keeps what arrived.
+    With `cache_dir`, which belongs to this one source, the files are completed there and moved at the end, so that a
+    failure keeps what arrived; it is removed when all did.
     """
     fetched: list[FetchedFile] = []
     with report_full_disk(output_dir), _claim_folder(cache_dir) as working_dir:
@@ -88,6 +90,8 @@ def _claim_folder(cache_dir: Path | None) -> Iterator[Path | None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SourceUnavailable("The same source is being fetched on this host already; retry later.") from None
+        if not cache_dir.is_dir() or cache_dir.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise SourceUnavailable("The same source was just fetched on this host; retry.")
         os.utime(cache_dir)
         yield cache_dir
     finally:
@@ -95,10 +99,13 @@ def _claim_folder(cache_dir: Path | None) -> Iterator[Path | None]:
 
 
 def _drop_stale(root: Path, own_name: str) -> None:
-    """Delete partial downloads of other sources that nobody resumed for a week."""
+    """Delete partial downloads of other sources, in folders named by a key, that nobody resumed for a week."""
     for folder in root.iterdir():
-        if folder.name != own_name and folder.is_dir() and folder.stat().st_mtime < time.time() - STALE_CACHE_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.name == own_name or not _KEY.fullmatch(folder.name) or folder.is_symlink():
+            continue
+        with suppress(FileNotFoundError):
+            if folder.stat().st_mtime < time.time() - STALE_CACHE_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _complete(download: Download, part: Path, headers: Mapping[str, str], count: ByteProgress) -> None:

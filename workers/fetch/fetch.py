@@ -20,7 +20,7 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
     """Write the checkpoint's files into `output_dir` and return their digests.
 
     `params`: `source` (pinned, from `resolve`), `credential` (hub token or null; never written anywhere) and
-    `cache_dir` (optional host-local folder where partial downloads outlive a failed attempt). Figures:
+    `cache_dir` (optional host-local folder of this pinned source, where partial downloads outlive an attempt). Figures:
     `checkpoint_digest`, `files` (`path`, `size_bytes`, `sha256`), `size_bytes`. Raises `SourceChanged`, `DiskFull`
     (retryable), `SourceNotFound`, `SourceForbidden`, `SourceUnavailable` (retryable).
     """

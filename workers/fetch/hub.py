@@ -10,6 +10,8 @@ request may name is the service's decision. Called through `workers.fetch.source
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -42,8 +44,11 @@ from service.errors import (
 )
 from workers.fetch.download import Download, download_all
 from workers.fetch.needed_files import SourceFile, choose_needed
-from workers.fetch.sources import ByteProgress, FetchedFile, Pinned, digest_canonical
+from workers.fetch.sources import ByteProgress, FetchedFile, Pinned
 from workers.steps import Progress
+
+# The client logs warnings in the server's words, which may repeat what the request carried.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 #: Seconds that a hub may stay silent.
 TIMEOUT_S = 30.0
@@ -76,6 +81,10 @@ class HubSource:
         self._repo = repo
         self._revision = revision
         self._endpoint = _read_endpoint(endpoint)
+        if credential is not None and not _is_private_way(self._endpoint):
+            raise InvalidSettings(
+                f"The hub token would travel to {self._endpoint} in the clear; name an https endpoint, or set no token."
+            )
         self._credential = credential
         self._cache_dir = cache_dir
 
@@ -97,12 +106,10 @@ class HubSource:
                 pinned_revision=self._revision,
                 found_revision=commit,
             )
-        key = digest_canonical([self._endpoint, self._repo, commit])
-        cache_dir = None if self._cache_dir is None else self._cache_dir / key
         count = ByteProgress(progress, "downloading", sum(file.size_bytes for file in files))
         downloads = [Download(file, self._address(file, commit)) for file in files]
         with self._report_errors():
-            return download_all(downloads, self._headers(), cache_dir, output_dir, count)
+            return download_all(downloads, self._headers(), self._cache_dir, output_dir, count)
 
     def _list_needed(self) -> tuple[str, list[SourceFile]]:
         """Return the commit and the needed files with what the hub states about them."""
@@ -180,6 +187,17 @@ def _read_endpoint(endpoint: str | None) -> str:
             "The hub endpoint must not hold a user name or password; give the token as the credential."
         )
     return text
+
+
+def _is_private_way(endpoint: str) -> bool:
+    """Tell whether nobody on the way to the hub can read a token: https, or this very host."""
+    parts = urlsplit(endpoint)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False
 
 
 def _read_siblings(info: ModelInfo) -> Iterator[SourceFile]:

@@ -106,8 +106,9 @@ def report_full_disk(folder: Path) -> Iterator[None]:
 def open_source(source: Mapping[str, Any], credential: str | None = None, cache_dir: Path | None = None) -> Source:
     """Return the source that a request or a pinned source describes.
 
-    `credential` is a hub token; it stays in memory. `cache_dir` is a host-local folder where partial downloads
-    survive a failed attempt. Raises `InvalidRequest` for a kind or a field that does not exist.
+    `credential` is a hub token; it stays in memory. `cache_dir` is a host-local folder of this one pinned
+    source, where partial downloads survive a failed attempt. Raises `InvalidRequest` for a kind or a field that
+    does not exist.
     """
     # Imported here because both modules import this one.
     from workers.fetch.folder import FolderSource
