@@ -6,8 +6,10 @@ Called by `workers.sandbox` and `python -m workers.convert.quantize`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,8 +96,11 @@ def _reuse_bytes(source: Path, target: Path) -> None:
 
 def _quantize(source: Path, target: Path, name: str, tool_recipe: ToolRecipe) -> None:
     try:
-        result = quantizer.Quantizer(str(source), tool_recipe).quantize()
-    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        # The tool reports on standard output, which belongs to the figures.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = quantizer.Quantizer(str(source), tool_recipe).quantize()
+    except Exception as error:
+        # The tool has no exceptions of its own; all of them mean that this model was not quantized.
         raise QuantizationFailed(
             f"The quantizer refused the model with the recipe {name!r}: {error}", recipe=name
         ) from error
