@@ -165,6 +165,20 @@ def use_threads(params: Params, inputs: Inputs, output_dir: Path, progress: Prog
     return {"text": "x" * 1_000_000}
 
 
+def multiply(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """Use the thread pools of the libraries that the zygote has loaded."""
+    torch, numpy = sys.modules["torch"], sys.modules["numpy"]
+    torch.set_num_threads(4)
+    layer = torch.nn.Linear(512, 512)
+    layer(torch.ones(512, 512)).sum().backward()
+    product = numpy.ones((512, 512)) @ numpy.ones((512, 512))
+    return {
+        "gradient": float(layer.bias.grad[0]),
+        "product": float(product[0, 0]),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+    }
+
+
 def _list_fds() -> dict[str, str]:
     fds = {}
     for link in Path("/proc/self/fd").iterdir():

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ def in_child(work: Callable[[], Any]) -> Any:
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(writing, json.dumps(work()).encode())
-        finally:
-            os._exit(0)
+            answer = work()
+        except BaseException:
+            answer = traceback.format_exc()
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         answer = pipe.read()
@@ -147,9 +150,11 @@ def test_ordinary_user_is_confined_too(tmp_path: Path) -> None:
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
         isolation = isolate(network=False, readable=[], writable=[folder])
         (folder / "file").write_text("x")
-        return [isolation.network, os.geteuid(), attempt(lambda: socket.create_connection(("127.0.0.1", 9), timeout=5))]
+        return [isolation.network, os.geteuid(), attempt(lambda: socket.socket().connect(("127.0.0.1", port)))]
 
-    network, user_id, connection = in_child(confine)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        network, user_id, connection = in_child(confine)
     # Hosts that forbid user namespaces fall back to the filter.
     assert (network, connection) in {("namespace", "OSError"), ("filter", "PermissionError")}
     assert user_id == NOBODY

@@ -18,7 +18,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from workers.sandbox.kernel import adopt_orphans
 from workers.sandbox.packets import send_document
@@ -41,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     adopt_orphans()
     control = socket.socket(fileno=arguments.control_fd)
     failure = _preload(arguments.preload)
-    _warn_of_threads()
     gc.collect()
     # Collections in a child would write to, and so copy, every page that it shares with this process.
     gc.freeze()
@@ -58,13 +56,6 @@ def _preload(modules: Sequence[str]) -> str | None:
             traceback.print_exc()
             return f"The module {name!r} cannot be imported: {type(error).__name__}: {error}"
     return None
-
-
-def _warn_of_threads() -> None:
-    """Say so if a preloaded module has started threads: a lock that one holds at a fork stays locked in the child."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    if len(names) > 1:
-        print(f"edgekiln: preloading started {len(names) - 1} threads ({names}); steps may hang.", file=sys.stderr)
 
 
 def _serve(control: socket.socket, failure: str | None) -> None:
