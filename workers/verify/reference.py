@@ -143,13 +143,12 @@ def open_source(checkpoint: Path) -> Source:
 
 
 def find_stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return every token that ends a generation: the generation config's, the config's and the tokenizer's."""
-    declared = [model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id]
-    stops: set[int] = set()
-    for value in declared:
-        if value is not None:
-            stops.update(int(token) for token in (value if isinstance(value, list | tuple) else [value]))
-    return stops
+    """Return the tokens that end a generation, as transformers decides: the generation config's, else the others'."""
+    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        stops = {int(token) for token in value} if isinstance(value, list | tuple) else {value} - {None}
+        if stops:
+            return stops
+    return set()
 
 
 def write_tokenizer(tokenizer: Any, path: Path) -> None:

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from workers.verify import probe
+
+
+def encode(text: str) -> list[int]:
+    """One token a character, behind a start token."""
+    return [1, *(ord(character) % 90 + 2 for character in text)]
+
+
+def random_logits(rows: int = 12, vocabulary: int = 30) -> probe.Floats:
+    return np.random.default_rng(0).normal(0, 3, (rows, vocabulary)).astype(np.float32)
+
+
+def test_equal_logits_have_no_error_and_every_position_is_confident() -> None:
+    logits = random_logits()
+    figures = probe.compare_logits(logits, logits.copy())
+    assert figures["max_abs_error"] == figures["kl_mean"] == figures["kl_max"] == 0
+    assert figures["top1_agreement"] == figures["top1_agreement_confident"] == figures["confident_share"] == 1
+    assert figures["positions"] == 12
+
+
+def test_error_is_told_relative_to_the_range_of_the_source() -> None:
+    source = np.array([[0.0, 10.0], [4.0, 0.0]], dtype=np.float32)
+    artifact = source + np.array([[0.0, -0.5], [0.0, 0.0]], dtype=np.float32)
+    figures = probe.compare_logits(source, artifact)
+    assert figures["max_abs_error"] == 0.5
+    assert figures["max_abs_error_ratio"] == 0.05
+    assert figures["logit_range"] == 10
+
+
+def test_only_margins_beyond_twice_the_error_are_confident() -> None:
+    source = np.array([[3.0, 0.0], [1.0, 0.0], [0.5, 0.0]], dtype=np.float32)
+    artifact = np.array([[2.5, 0.0], [1.0, 0.0], [0.0, 0.4]], dtype=np.float32)
+    figures = probe.compare_logits(source, artifact)
+    assert figures["max_abs_error"] == 0.5
+    assert figures["confident_share"] == pytest.approx(1 / 3)
+    assert figures["top1_agreement"] == pytest.approx(2 / 3)
+    assert figures["top1_agreement_confident"] == 1
+
+
+def test_agreement_without_a_confident_or_sure_position_stays_missing() -> None:
+    source = np.array([[0.1, 0.0]], dtype=np.float32)
+    figures = probe.compare_logits(source, np.array([[0.0, 0.1]], dtype=np.float32))
+    assert figures["confident_share"] == figures["sure_positions"] == 0
+    assert "top1_agreement_confident" not in figures
+    assert "top1_agreement_sure" not in figures
+
+
+def test_sure_positions_are_those_where_the_source_finds_its_token_twice_as_likely() -> None:
+    source = np.array([[0.70, 0.0], [0.68, 0.0], [5.0, 0.0]], dtype=np.float32)
+    figures = probe.compare_logits(source, np.array([[0.7, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=np.float32))
+    assert figures["sure_positions"] == 2
+    assert figures["top1_agreement_sure"] == 0.5
+
+
+def test_divergence_is_that_of_the_source_from_the_artifact() -> None:
+    source = np.log(np.array([[0.5, 0.5]], dtype=np.float32))
+    artifact = np.log(np.array([[0.9, 0.1]], dtype=np.float32))
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert probe.measure_divergence(source, artifact)[0] == pytest.approx(expected, rel=1e-5)
+    assert probe.measure_divergence(source, artifact + 7)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_of_different_shapes_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        probe.compare_logits(random_logits(3), random_logits(4))
+
+
+def test_perplexity_of_uniform_logits_is_the_size_of_the_vocabulary() -> None:
+    cases = [probe.Case("decode", [3, 4, 5], 0, None), probe.Case("prefill_2", [3, 4, 5, 6], 2, 2)]
+    assert probe.measure_perplexity(np.zeros((5, 7), dtype=np.float32), cases) == pytest.approx(7)
+
+
+def test_perplexity_looks_at_the_next_token_of_each_row() -> None:
+    cases = [probe.Case("decode", [0, 2, 1], 0, None), probe.Case("prefill_1", [0, 1, 2], 1, 1)]
+    logits = np.full((5, 3), -1000.0, dtype=np.float32)
+    for row, token in ((0, 2), (1, 1), (2, 0), (3, 2), (4, 0)):
+        logits[row, token] = 0
+    assert probe.measure_perplexity(logits, cases) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("context_length", [32, 128, 1000])
+def test_probe_exercises_every_signature_up_to_the_last_position(context_length: int) -> None:
+    lengths = [8, 32]
+    cases = probe.build_cases(encode, [("12+7=", "19")], lengths, context_length)
+    assert {case.name for case in cases} == {"decode", "prefill_8", "prefill_32", "context_end"}
+    assert all(case.positions and max(case.positions) < context_length for case in cases)
+    assert all(len(case.tokens) <= context_length for case in cases)
+    assert cases[-1].positions[-1] == context_length - 1
+    for length in lengths:
+        counts = {case.prefill_tokens for case in cases if case.prefill_length == length}
+        assert min(length, context_length - 1) in counts
+        assert min(counts) < length
+
+
+def test_probe_has_enough_positions_and_repeats_itself() -> None:
+    cases = probe.build_cases(encode, [], [16, 64], 256)
+    assert 64 <= sum(len(case.positions) for case in cases) <= 160
+    assert cases == probe.build_cases(encode, [], [64, 16], 256)
+    assert [probe.Case(**case.to_json()) for case in cases] == cases
+
+
+def test_evaluation_prompts_enter_the_probe() -> None:
+    cases = probe.build_cases(encode, [("12+7=", "19")], [16], 64)
+    assert cases[0].tokens == encode("12+7=19")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks"),
+    [
+        (1, [(8, 1)]),
+        (8, [(8, 8)]),
+        (9, [(32, 9)]),
+        (32, [(32, 32)]),
+        (40, [(32, 32), (8, 8)]),
+        (73, [(32, 32), (32, 32), (32, 9)]),
+    ],
+)
+def test_prompt_is_divided_as_the_runtime_divides_it(tokens: int, chunks: list[tuple[int, int]]) -> None:
+    assert probe.plan_chunks(tokens, [32, 8]) == chunks
+
+
+@pytest.mark.parametrize("limit_tokens", [2, 17, 120, 999])
+def test_fitted_text_has_exactly_as_many_tokens_as_asked(limit_tokens: int) -> None:
+    assert len(encode(probe.fit_text(encode, limit_tokens))) == limit_tokens
+
+
+def test_fitted_text_never_has_more_tokens_than_asked() -> None:
+    def encode_pairs(text: str) -> list[int]:
+        return [0] * ((len(text) + 1) // 2 * 2)
+
+    assert len(encode_pairs(probe.fit_text(encode_pairs, 33))) == 32
+
+
+@pytest.mark.parametrize(("text", "line"), [("19", "19"), (" 19 \n20", "19"), ("\n19", ""), ("", "")])
+def test_an_answer_is_its_first_line(text: str, line: str) -> None:
+    assert probe.first_line(text) == line
