@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -344,19 +343,6 @@ def test_a_full_disk_is_named(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "out" / "model.safetensors").symlink_to("/dev/full")
     with pytest.raises(DiskFull, match="No space is left"):
         fetch.run({"source": source}, {}, tmp_path / "out", ignore_progress)
-
-
-def test_partial_downloads_that_nobody_resumes_are_deleted(hub: HubServer, tmp_path: Path) -> None:
-    hub.add_commit(REPO, FILES)
-    source = pin(hub)["source"]
-    stale, fresh, other = (tmp_path / "cache" / name for name in ("a" * 64, "b" * 64, "notes"))
-    for folder in (stale, fresh, other):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"part")
-    for folder in (stale, other):
-        os.utime(folder, (0, 0))
-    bring(source, tmp_path / "out", cache_dir=str(tmp_path / "cache" / ("c" * 64)))
-    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == [fresh.name, other.name]
 
 
 def test_a_token_is_not_sent_in_the_clear(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ That a template passes does not make it safe for every conversation: whoever ren
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -82,10 +83,10 @@ def try_template(place: str, template: str, tokenizer_config: Mapping[str, Any])
         )
     except subprocess.TimeoutExpired:
         raise _refuse(place, f"does not end within {4 * TIME_S} s") from None
+    if done.returncode == -signal.SIGALRM:
+        raise _refuse(place, f"does not end within {TIME_S} s")
     if done.returncode < 0:
-        raise _refuse(
-            place, f"does not end within {TIME_S} s, or crashes the template engine (signal {-done.returncode})"
-        )
+        raise _refuse(place, f"crashes the template engine (signal {-done.returncode})")
     if done.returncode > 0:
         # The script answers for whatever a template does, so this is memory that ran out beneath Python.
         raise _refuse(place, f"cannot be rendered within {MEMORY_BYTES // 2**20} MiB")

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,10 +34,7 @@ TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 50
 MAX_STALLS = 2
 MAX_REDIRECTS = 5
-#: Partial downloads that nobody resumed for this long are deleted.
-STALE_CACHE_S = 7 * 24 * 3600
 
-_KEY = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -83,7 +79,6 @@ def _claim_folder(cache_dir: Path | None) -> Iterator[Path | None]:
         yield None
         return
     cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _drop_stale(cache_dir.parent, cache_dir.name)
     descriptor = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -96,16 +91,6 @@ def _claim_folder(cache_dir: Path | None) -> Iterator[Path | None]:
         yield cache_dir
     finally:
         os.close(descriptor)
-
-
-def _drop_stale(root: Path, own_name: str) -> None:
-    """Delete partial downloads of other sources, in folders named by a key, that nobody resumed for a week."""
-    for folder in root.iterdir():
-        if folder.name == own_name or not _KEY.fullmatch(folder.name) or folder.is_symlink():
-            continue
-        with suppress(FileNotFoundError):
-            if folder.stat().st_mtime < time.time() - STALE_CACHE_S:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _complete(download: Download, part: Path, headers: Mapping[str, str], count: ByteProgress) -> None:
