@@ -43,12 +43,19 @@ class Client:
     """A connection to one EdgeKiln server; use it as a context manager or call `close`.
 
     `url` and `api_key` default to `EDGEKILN_URL` and `EDGEKILN_API_KEY`. Methods raise the errors of
-    `service.errors`: the server's own by their code, and `ServiceUnavailable` when it cannot be reached.
+    `service.errors`: the server's own by their code, and `ServiceUnavailable` when it cannot be reached. Event
+    streams are taken up again for `patience_s` seconds after the last event.
     """
 
     def __init__(
-        self, url: str | None = None, api_key: str | None = None, *, transport: httpx.BaseTransport | None = None
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        patience_s: float = _PATIENCE_S,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
+        self.patience_s = patience_s
         self.url = (url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
         key = api_key or os.environ.get(KEY_VARIABLE)
         parts = urlsplit(self.url)
@@ -127,8 +134,8 @@ class Client:
     def events(self, job_id: str, after: int = 0) -> Iterator[Document]:
         """Yield a job's events (`number`, `kind`, `data`, `created_at`) until it ends.
 
-        A stream that breaks is taken up after the last event seen. Raises `ServiceUnavailable` after a minute of
-        attempts without one event.
+        A stream that breaks is taken up after the last event seen. Raises `ServiceUnavailable` after `patience_s`
+        without one event or answer.
         """
         heard_at = time.monotonic()
         while True:
@@ -141,7 +148,7 @@ class Client:
                     yield event
                     heard_at = time.monotonic()
             except EdgeKilnError as error:
-                if not error.retryable or time.monotonic() - heard_at > _PATIENCE_S:
+                if not error.retryable or time.monotonic() - heard_at > self.patience_s:
                     raise
             time.sleep(_RECONNECT_S)
 

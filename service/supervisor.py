@@ -111,6 +111,11 @@ class Supervisor:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
 
     @property
+    def is_running(self) -> bool:
+        """Whether children are being kept running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def pids(self) -> dict[str, int]:
         """Child's name -> process id, of those that run now."""
         return {child.command.name: child.pid for child in self._children if child.pid is not None}
@@ -140,7 +145,7 @@ class Supervisor:
         while self._thread is not None and self._thread.is_alive():
             try:
                 self._thread.join()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 self._forced.set()
         self._thread = None
         if self._listener is not None:

@@ -1,0 +1,253 @@
+"""Commands that speak to a server: submit, jobs, job, cancel, retry, logs, download."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.commands import options
+from service.commands.output import format_bytes, print_json, print_table, say
+from service.commands.progress import ProgressView, label_step
+from service.commands.report import exit_code, print_outcome
+
+if TYPE_CHECKING:
+    from service.client import Client
+
+SUBMIT_EPILOG = """Examples:
+
+\b
+  edgekiln submit HuggingFaceTB/SmolLM-135M --recipe dynamic_int8 --recipe float16 --wait
+  edgekiln submit /srv/models/mine --idempotency-key nightly-2026-11-21
+  edgekiln submit OWNER/NAME@v1.2 --url http://kiln.example:8711 --api-key ek_...
+"""
+JOBS_EPILOG = """Examples:
+
+\b
+  edgekiln jobs
+  edgekiln jobs --state failed --state partial --limit 100
+  edgekiln jobs --json | jq -r '.[].id'
+"""
+JOB_EPILOG = """Examples:
+
+\b
+  edgekiln job job_1f0c9a2b3c4d5e6f
+  edgekiln job job_1f0c9a2b3c4d5e6f --watch
+"""
+CANCEL_EPILOG = """Example:
+
+\b
+  edgekiln cancel job_1f0c9a2b3c4d5e6f
+"""
+RETRY_EPILOG = """Example:
+
+\b
+  edgekiln retry job_1f0c9a2b3c4d5e6f --wait
+"""
+LOGS_EPILOG = """Examples:
+
+\b
+  edgekiln logs job_1f0c9a2b3c4d5e6f
+  edgekiln logs job_1f0c9a2b3c4d5e6f --step convert | less
+"""
+DOWNLOAD_EPILOG = """Example:
+
+\b
+  edgekiln download job_1f0c9a2b3c4d5e6f -o out
+"""
+
+Wait = Annotated[bool, typer.Option("--wait", help="Show progress until the job has ended; the exit code tells how.")]
+
+
+def submit(
+    source: options.Source,
+    recipe: options.Recipes = None,
+    format: options.Formats = None,
+    engine: options.Engines = None,
+    prefill: options.Prefill = None,
+    context: options.Context = None,
+    benchmark: options.Benchmark = None,
+    gate: options.Gates = None,
+    priority: options.Priority = None,
+    wait: Wait = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option("--idempotency-key", metavar="TEXT", help="Submit once, however often it is repeated.")
+    ] = None,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Submit a job to a server and print its id."""
+    request = options.make_request(
+        source,
+        recipes=recipe,
+        formats=format,
+        engines=engine,
+        prefill=prefill,
+        context=context,
+        benchmark=benchmark,
+        gates=gate,
+        priority=priority,
+    )
+    with options.connect(url, api_key) as client:
+        job = client.submit(request, idempotency_key=idempotency_key)
+        if wait:
+            say(f"Job {job['id']}.")
+            _finish(_watch(client, job["id"]), as_json)
+    if as_json:
+        print_json(job)
+    else:
+        print(job["id"])
+
+
+def jobs(
+    state: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Only jobs in this state; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 20,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """List jobs, newest first."""
+    with options.connect(url, api_key) as client:
+        found = list(itertools.islice(client.list(state or (), page_size=min(limit, 200)), limit))
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        [job["id"], job["state"], _name_source(job), _count(job["variant_states"]), job["created_at"]] for job in found
+    ]
+    print_table(("id", "state", "source", "variants", "submitted"), rows)
+
+
+def _name_source(job: Mapping[str, Any]) -> str:
+    source = job["request"]["source"]
+    return str(source.get("path") or source.get("repo"))
+
+
+def _count(states: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+
+
+def job(
+    job_id: options.JobId,
+    watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job has ended.")] = False,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Show a job.
+
+    Its variants, artifacts, figures and steps.
+    """
+    with options.connect(url, api_key) as client:
+        if watch:
+            _finish(_watch(client, job_id), as_json)
+        document = client.get(job_id)
+    if as_json:
+        print_json(document)
+        return
+    print_outcome(document)
+    _print_steps(document)
+
+
+def _print_steps(document: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            label_step(step),
+            f"{step['state']} (reused)" if step["reused"] else step["state"],
+            str(step["attempts"]),
+            "-" if step["duration_s"] is None else f"{step['duration_s']:.1f} s",
+            format_bytes(step["peak_rss_bytes"]),
+            format_bytes(step["peak_anon_bytes"]),
+        ]
+        for step in document["steps"]
+    ]
+    print_table(("step", "state", "attempts", "time", "peak RSS", "peak anonymous"), rows, right=("attempts", "time"))
+
+
+def cancel(job_id: options.JobId, url: options.Url = None, api_key: options.ApiKey = None) -> None:
+    """Cancel a job; what it published stays."""
+    with options.connect(url, api_key) as client:
+        say(f"Job {job_id}: {client.cancel(job_id)['state']}.")
+
+
+def retry(
+    job_id: options.JobId,
+    wait: Wait = False,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Try again what did not succeed.
+
+    Opens an ended job again for those variants; finished work is kept.
+    """
+    with options.connect(url, api_key) as client:
+        seen = client.get(job_id)["event_count"]
+        document = client.retry(job_id)
+        if wait:
+            _finish(_watch(client, job_id, seen), as_json)
+    if as_json:
+        print_json(document)
+    else:
+        say(f"Job {job_id}: {document['state']}.")
+
+
+def logs(
+    job_id: options.JobId,
+    step: Annotated[
+        str | None, typer.Option("--step", metavar="KIND", help="Only steps of this kind, e.g. convert.")
+    ] = None,
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Print what a job's steps wrote."""
+    with options.connect(url, api_key) as client:
+        if as_json:
+            print_json(client.logs(job_id, step))
+            return
+        for text in client.print_logs(job_id, step):
+            sys.stdout.write(text)
+
+
+def download(
+    job_id: options.JobId,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artifacts go.")],
+    as_json: options.AsJson = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Download a job's artifacts.
+
+    With their manifests, checked against their digests; a broken download is resumed.
+    """
+    with options.connect(url, api_key) as client:
+        paths = client.download(job_id, output)
+    if as_json:
+        print_json([str(path) for path in paths])
+        return
+    for path in paths:
+        print(path)
+    if not paths:
+        say(f"Job {job_id} has published nothing (yet).")
+
+
+def _watch(client: Client, job_id: str, seen: int = 0) -> dict[str, Any]:
+    with ProgressView(lambda: client.get(job_id)) as view:
+        return client.wait(job_id, view.on_event, after=seen)
+
+
+def _finish(document: dict[str, Any], as_json: bool) -> None:
+    """Print an ended job and end the command."""
+    if as_json:
+        print_json(document)
+    else:
+        print_outcome(document)
+    raise typer.Exit(exit_code(document))
