@@ -245,8 +245,13 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        try:
             self.wfile.write(body)
+        except ConnectionError:
+            # The client has read enough, or was killed: both are what tests are about.
+            self.close_connection = True
 
 
 def _describe_file(name: str, data: bytes) -> dict[str, Any]:

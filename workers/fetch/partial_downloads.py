@@ -20,7 +20,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 def prepare_folder(root: Path, key: str) -> Path:
-    """Return the folder for the step with this key, made if need be, and delete those that nobody resumed for a week."""
+    """Return the folder of the step with this key, made if need be; folders that nobody resumed for a week go."""
     folder = root / key
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for other in root.iterdir():
