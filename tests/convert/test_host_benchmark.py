@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from service.errors import BenchmarkFailed
-from tests.checkpoints import write_checkpoint
 from workers.convert import bundle, convert
 from workers.devices import host
 
@@ -24,11 +23,12 @@ def ignore(message: str, fraction: float | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def artifact_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one random model in all three formats."""
-    root = tmp_path_factory.mktemp("benchmarked")
-    checkpoint = write_checkpoint(root / "checkpoint", tokenizer="sentencepiece")
-    artifact = root / "artifact"
-    artifact.mkdir()
+    """A folder with the example in all three formats.
+
+    Not a random model: what that one decodes may be no text, and then the runtime gives up.
+    """
+    checkpoint = Path(__file__).parents[2] / "examples" / "addition"
+    artifact = tmp_path_factory.mktemp("artifact")
     lengths = {"prefill_lengths": PREFILL_LENGTHS, "context_length": CONTEXT_LENGTH}
     convert.run({"engine": "reauthored", **lengths}, {"checkpoint": checkpoint}, artifact, ignore)
     for bundle_format in ("task", "litertlm"):
@@ -79,8 +79,8 @@ def test_request_that_the_runtime_refuses_fails_although_it_exits_with_zero(arti
 
 
 def test_decode_cut_by_the_context_is_short(artifact_dir: Path, tmp_path: Path) -> None:
-    figures = benchmark(artifact_dir, tmp_path, format="litertlm", prefill_tokens=CONTEXT_LENGTH - 8)
-    assert 0 < figures["decode_tokens"] < 16
+    figures = benchmark(artifact_dir, tmp_path, format="litertlm", decode_tokens=2 * CONTEXT_LENGTH)
+    assert 0 < figures["decode_tokens"] <= CONTEXT_LENGTH - 32
     assert figures["verdict"] == "short"
 
 

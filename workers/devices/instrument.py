@@ -16,6 +16,12 @@ from typing import Any
 
 from workers.devices.conditions import read_process_memory
 
+#: A natural text: the runtime fills a shorter prompt up with token 0, after which a model may emit bytes that are no
+#: text, and then the runtime gives up ("Stable text shrunk compared to released").
+_PROMPT = "The kiln was lit before dawn, and by noon the potter could read the colour of the fire. "
+#: Hardly any tokenizer covers more of English than this with one token.
+_PROMPT_CHARACTERS_PER_TOKEN = 12
+
 #: Runs before the clock starts: the first ones grow buffers.
 WARMUP_RUNS = 3
 #: Timed runs of a signature: this many, or as many as fit in the time, but never fewer than the least.
@@ -31,12 +37,15 @@ def measure_bundle(request: dict[str, Any]) -> dict[str, Any]:
     """
     import litert_lm
 
+    characters = request["prefill_tokens"] * _PROMPT_CHARACTERS_PER_TOKEN
     benchmark = litert_lm.Benchmark(
         request["model"],
         backend=litert_lm.Backend.CPU(thread_count=request["threads"]),
         prefill_tokens=request["prefill_tokens"],
         decode_tokens=request["decode_tokens"],
         cache_dir=request["cache_dir"],
+        # The runtime cuts it to the tokens asked for.
+        prompt=_PROMPT * (characters // len(_PROMPT) + 1),
     )
     info = benchmark.run()
     return {

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import platform
+import subprocess
 
 from workers.devices.conditions import describe_host, describe_tools, read_conditions, read_process_memory
 
@@ -43,11 +44,7 @@ def test_memory_grows_by_what_is_touched() -> None:
 
 
 def test_ended_process_has_no_memory() -> None:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    try:
-        assert read_process_memory(pid) is None
-    finally:
-        os.waitpid(pid, 0)
+    with subprocess.Popen(["true"]) as process:
+        # Ended, but not yet reaped: its folder in /proc is still there.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert read_process_memory(process.pid) is None
