@@ -129,7 +129,7 @@ def _require_tokenizer(formats: list[str], checkpoint: Checkpoint) -> None:
     obstacle = checkpoint.tokenizer.sentencepiece_obstacle
     if "task" in formats and obstacle is not None:
         raise TokenizerUnsupported(
-            f"A .task bundle needs a SentencePiece tokenizer, and {obstacle}; ask for litertlm instead, which carries "
+            f"A .task bundle needs a SentencePiece tokenizer, and {obstacle}. Ask for litertlm instead, which carries "
             "tokenizer.json as it is.",
             format="task",
             file="tokenizer.json",

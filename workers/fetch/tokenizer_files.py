@@ -22,9 +22,8 @@ JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 
-#: Models of tokenizer.json that merge or score pieces, as SentencePiece does. The others (WordPiece, WordLevel)
-#: split words by rules that no SentencePiece model has.
-REBUILDABLE_MODELS: frozenset[str] = frozenset({"BPE", "Unigram"})
+#: The model of tokenizer.json that `workers.convert.tokenizer` rebuilds as SentencePiece.
+REBUILDABLE_MODEL = "BPE"
 
 _SENTENCEPIECE_PIECES_FIELD = 1
 
@@ -78,10 +77,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _find_obstacle(document: Mapping[str, Any]) -> str | None:
-    model = document["model"].get("type", "BPE")
-    if model in REBUILDABLE_MODELS:
+    model = document["model"].get("type")
+    if model == REBUILDABLE_MODEL:
         return None
-    return f"tokenizer.json holds a {str(model)[:50]} model, which no SentencePiece model can stand for"
+    return f"tokenizer.json holds a {str(model)[:50]} model; only {REBUILDABLE_MODEL} can be rebuilt as SentencePiece"
 
 
 def _count_json(document: Mapping[str, Any]) -> int:
@@ -93,9 +92,23 @@ def _count_json(document: Mapping[str, Any]) -> int:
     # A Unigram model lists [piece, score] pairs in the order of their ids.
     ids = list(range(len(vocabulary))) if isinstance(vocabulary, list) else list(vocabulary.values())
     added = document.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(each, dict) for each in added):
-        raise CheckpointInvalid(f"{JSON_FILE}: added_tokens is not a list of objects.", file=JSON_FILE)
+    if not isinstance(added, list) or not all(_is_token(each) for each in added):
+        raise CheckpointInvalid(f"{JSON_FILE}: added_tokens is not a list of ids and contents.", file=JSON_FILE)
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or not all(_is_merge(each) for each in merges):
+        raise CheckpointInvalid(f"{JSON_FILE}: merges is not a list of pairs.", file=JSON_FILE)
     return _require_ids([*ids, *(each.get("id") for each in added)], JSON_FILE)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str) and "id" in value
+
+
+def _is_merge(value: Any) -> bool:
+    """Tell whether a merge is a pair of texts, or one text with a space between them as old writers store it."""
+    if isinstance(value, list):
+        return len(value) == 2 and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) and " " in value
 
 
 def _count_added(folder: Path, tokenizer_config: Mapping[str, Any]) -> int:

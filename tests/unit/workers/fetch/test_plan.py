@@ -97,7 +97,7 @@ def test_task_needs_a_tokenizer_that_can_be_rebuilt(folder: Path) -> None:
     assert run(folder, formats=["task"])
     tiny.write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
     assert run(folder, formats=["tflite", "litertlm"])
-    with pytest.raises(TokenizerUnsupported, match=r"WordPiece model.*ask for litertlm"):
+    with pytest.raises(TokenizerUnsupported, match=r"WordPiece model.* Ask for litertlm"):
         run(folder, formats=["litertlm", "task"])
 
 
