@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ class _Step:
     """What is known of a step from events."""
 
     label: str
-    started_at: float | None = None
+    started_at: dt.datetime | None = None
     is_reused: bool = False
     state: str = ""
 
@@ -72,7 +73,7 @@ class ProgressView:
             reason = f" ({format_error(data['error'])})" if data.get("error") else ""
             self._display.line(f"variant {data['name']}: {data['state']}{reason}")
         elif event["kind"] == "step":
-            self._show_step(self._find(data), data)
+            self._show_step(self._find(data), data, dt.datetime.fromisoformat(event["created_at"]))
         elif event["kind"] == "progress":
             step = self._find(data)
             self._display.update(data["step_id"], step.label, data["message"] or "", data["fraction"])
@@ -85,21 +86,21 @@ class ProgressView:
                 self._steps.setdefault(document["id"], _Step(label_step(document)))
         return self._steps.setdefault(step_id, _Step(data["kind"]))
 
-    def _show_step(self, step: _Step, data: Mapping[str, Any]) -> None:
+    def _show_step(self, step: _Step, data: Mapping[str, Any], at: dt.datetime) -> None:
         state = data["state"]
         step.is_reused = step.is_reused or bool(data.get("reused"))
         if state == step.state:
             return
         step.state = state
         if state == "running":
-            step.started_at = time.monotonic()
+            step.started_at = at
             self._display.update(data["step_id"], step.label, "", None)
         else:
             self._display.forget(data["step_id"])
         if state == "succeeded" and step.is_reused and step.started_at is None:
             self._display.line(f"{step.label}: reused")
         elif state == "succeeded":
-            took = "" if step.started_at is None else f" in {time.monotonic() - step.started_at:.1f} s"
+            took = "" if step.started_at is None else f" in {(at - step.started_at).total_seconds():.1f} s"
             self._display.line(f"{step.label}: done{took}")
         elif state in ("failed", "queued") and data.get("error"):
             what = "failed" if state == "failed" else "will be tried again"
