@@ -26,7 +26,7 @@ class EdgeKilnError(Exception):
     #: HTTP status when the error reaches a REST client.
     http_status: ClassVar[int] = 500
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.details: dict[str, Any] = details

@@ -9,6 +9,7 @@ from service.errors import EdgeKilnError
 from service.ledger import access, fleet, jobs, views, work
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, digest_json
+from service.ledger.plan import RESOURCE_CLASSES
 from service.requests import parse_request
 
 TENANT = "default"
@@ -17,7 +18,7 @@ POLICY = work.LeasePolicy(lease_s=30, benchmark_patience_s=60, max_failures=3, m
 #: A lease that has run out before anyone can look.
 EXPIRED = work.LeasePolicy(lease_s=-1, benchmark_patience_s=60, max_failures=3, max_losses=10, retry_pause_s=0)
 CLASSES = ("fetch", "convert", "light", "device")
-SLOTS = {"fetch": 2, "convert": 2, "light": 4, "device": 1}
+SLOTS = {"fetch": 2, "convert": 2, "light": 9, "device": 1}
 BENCHMARK = {"processes": 1, "threads": 1}
 
 
@@ -74,6 +75,19 @@ class Play:
             if claim.kind == kind:
                 return claim
             self.finish(claim)
+
+    def claim_kind_only(self, kind: str) -> work.Claim:
+        """Claim a due step of `kind` and give back whatever comes before it."""
+        passed = []
+        while True:
+            claim = self.claim(RESOURCE_CLASSES[kind])
+            assert claim is not None, f"no {kind} step is due"
+            if claim.kind == kind:
+                break
+            passed.append(claim)
+        for other in passed:
+            work.release_step(self.database, other)
+        return claim
 
     def finish(self, claim: work.Claim, outputs: Sequence[work.OutputFile] | None = None) -> None:
         success = work.Success(figures_of(claim), outputs if outputs is not None else outputs_of(claim))

@@ -111,6 +111,8 @@ class Runner:
                         success = self._collect(result, usage, keeper)
                     work.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
                     log.info("finished %s %s", claim.kind, claim.step_id)
+                    if claim.kind == "fetch":
+                        shutil.rmtree(self._download_dir(claim), ignore_errors=True)
                 except LeaseLost:
                     raise
                 except EdgeKilnError as error:
@@ -156,6 +158,7 @@ class Runner:
             on_progress=self._reporter(claim, keeper),
             should_stop=lambda: self._stop_reason(keeper),
             credential=(self._settings.hub_token or None) if code.network else None,
+            writable=[self._download_dir(claim)] if claim.kind == "fetch" else (),
             poll_s=self._settings.cancel_poll_s / 2,
         )
 
@@ -163,12 +166,15 @@ class Runner:
         """The step's parameters, and what only this host knows; the latter never enters a key."""
         params = dict(claim.params)
         if claim.kind == "fetch":
-            cache_dir = self._settings.cache_dir / "downloads" / claim.key
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            params["cache_dir"] = str(cache_dir)
+            self._download_dir(claim).mkdir(parents=True, exist_ok=True)
+            params["cache_dir"] = str(self._download_dir(claim))
         if claim.kind in ("resolve", "fetch") and self._settings.hub_endpoint:
             params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
         return params
+
+    def _download_dir(self, claim: work.Claim) -> Path:
+        """Where partial downloads wait for the next attempt."""
+        return self._settings.cache_dir / "downloads" / claim.key
 
     def _stop_reason(self, keeper: LeaseKeeper) -> StopReason | None:
         if keeper.is_lost:

@@ -39,9 +39,8 @@ def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantSt
     own = [step for step in served if step.kind != "benchmark"]
     failure = _root_error(prelude) or (_root_error(own) and _root_error(served))
     has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in own)
-    if not own and not failure:
-        return VariantState.PENDING, None
-    if any(step.state not in FINAL_STEP_STATES for step in own):
+    is_planned = any(step.kind == "publish" for step in own)
+    if (not is_planned and not failure) or any(step.state not in FINAL_STEP_STATES for step in own):
         return (VariantState.RUNNING if has_started else VariantState.PENDING), None
     if failure is None:
         return VariantState.SUCCEEDED, None
