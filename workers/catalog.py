@@ -77,7 +77,9 @@ class StepCode:
 CATALOG: Mapping[str, StepCode] = {
     "resolve": StepCode("workers.fetch.resolve:run", "fetch", ("fetch/*.py",), network=True),
     "fetch": StepCode("workers.fetch.fetch:run", "fetch", ("fetch/*.py",), network=True),
-    "plan": StepCode("workers.fetch.plan:run", "light", ("fetch/*.py",)),
+    "plan": StepCode(
+        "workers.fetch.plan:run", "light", ("fetch/*.py", "convert/architectures/*.py", "convert/tokenizer*.py")
+    ),
     "reference": StepCode(
         "workers.verify.reference:run", "convert", ("verify/reference.py", "verify/probe.py", "verify/contents.py")
     ),

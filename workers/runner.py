@@ -35,6 +35,7 @@ from service.ledger.keys import Toolchain
 from service.settings import Settings
 from service.storage import ObjectStore, blob_key, digest_file
 from workers.catalog import CATALOG
+from workers.fetch.partial_downloads import prepare_folder
 from workers.keeper import LeaseKeeper
 from workers.publish import publish
 from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
@@ -166,9 +167,8 @@ class Runner:
         """The step's parameters, and what only this host knows; the latter never enters a key."""
         params = dict(claim.params)
         if claim.kind == "fetch":
-            self._download_dir(claim).mkdir(parents=True, exist_ok=True)
-            params["cache_dir"] = str(self._download_dir(claim))
-        if claim.kind in ("resolve", "fetch") and self._settings.hub_endpoint:
+            params["cache_dir"] = str(prepare_folder(self._settings.cache_dir / "downloads", claim.key))
+        if params.get("source", {}).get("kind") == "hub" and self._settings.hub_endpoint:
             params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
         return params
 

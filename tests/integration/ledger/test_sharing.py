@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -218,14 +219,17 @@ def finish_two_inputs_at_once(play: Play, monkeypatch: pytest.MonkeyPatch, rende
     meeting = threading.Barrier(2)
     promote = moves._promote_dependents
 
-    def meet_then_promote(*args: Any) -> None:
-        try:
+    def meet() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
             meeting.wait(rendezvous_s)
-        except threading.BrokenBarrierError:
-            pass
-        promote(*args)
 
-    monkeypatch.setattr(moves, "_promote_dependents", meet_then_promote)
+    def promote_together(*args: Any) -> None:
+        meet()
+        promote(*args)
+        # Nobody commits before both have looked.
+        meet()
+
+    monkeypatch.setattr(moves, "_promote_dependents", promote_together)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(play.finish, claims))
     return play.step_states(job_id)["verify"]
