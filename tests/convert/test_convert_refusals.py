@@ -64,9 +64,7 @@ def test_an_engine_that_does_not_take_the_architecture_is_refused(tiny_checkpoin
 
 
 def test_a_context_beyond_the_attention_window_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = write_config(
-        tmp_path / "other", tiny_checkpoint, architectures=["MistralForCausalLM"], sliding_window=64
-    )
+    folder = write_config(tmp_path / "other", tiny_checkpoint, architectures=["MistralForCausalLM"], sliding_window=64)
     with pytest.raises(RequestUnfit, match="window of 64 tokens"):
         run(folder, tmp_path)
 

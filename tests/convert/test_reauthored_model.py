@@ -27,9 +27,7 @@ def compute_ours(checkpoint: Path) -> torch.Tensor:
     shape = architectures.read_shape(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     model = reauthored.build_model(checkpoint, shape, CONTEXT_LENGTH)
     length = TOKENS.shape[1]
-    cache = kv_cache.KVCache.from_model_config(
-        CONTEXT_LENGTH, model.config, kv_layout=kv_cache.KV_LAYOUT_TRANSPOSED
-    )
+    cache = kv_cache.KVCache.from_model_config(CONTEXT_LENGTH, model.config, kv_layout=kv_cache.KV_LAYOUT_TRANSPOSED)
     mask = torch.triu(torch.full((length, CONTEXT_LENGTH), float("-inf")), 1)[None, None]
     logits: torch.Tensor = model(TOKENS, torch.arange(length, dtype=torch.int), cache, mask=mask)["logits"]
     return logits

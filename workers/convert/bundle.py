@@ -56,9 +56,7 @@ _LITERTLM_VERSION = (
 )
 
 
-def run(
-    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Write `model.<format>` from the graph of `inputs["quantize"]` and the files of `inputs["checkpoint"]`.
 
     Raises `UnknownName` for another format, `TokenizerUnsupported` and `BundleFailed`; see `workers.steps`.

@@ -30,9 +30,7 @@ MODEL_FILE = "model.tflite"
 ENGINES = ("reauthored", "traced")
 
 
-def run(
-    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Write `model.tflite` from `inputs["checkpoint"]`; see `workers.steps`.
 
     `params` holds `engine`, `prefill_lengths` (tokens, any order) and `context_length` (tokens). Raises

@@ -7,6 +7,7 @@ Owns the reading of a checkpoint's token settings and the `LlmMetadata` message 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ _TEMPLATE_PRELUDE = """\
 {{%- endfor -%}}
 {{%- set messages = carried.messages -%}}
 """
+
+#: What the runtime's template engine lacks, and what means the same there: the tags by which training marks the
+#: assistant's words (only their plainest spelling is known), and looking up a key that may be absent.
+_TEMPLATE_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), r"{%\1 if true \2%}"),
+    (re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}"), r"{%\1 endif \2%}"),
+    (re.compile(r"""\.get\(\s*('[^']+'|"[^"]+")\s*\)"""), r"[\1]"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,10 @@ def build_runtime_template(settings: TokenSettings) -> str:
     """
     bos = "" if settings.start_token_id is not None else settings.bos_token or ""
     prelude = _TEMPLATE_PRELUDE.format(bos=json.dumps(bos), eos=json.dumps(settings.eos_token or ""))
-    return prelude + (settings.chat_template or "")
+    template = settings.chat_template or ""
+    for pattern, replacement in _TEMPLATE_REWRITES:
+        template = pattern.sub(replacement, template)
+    return prelude + template
 
 
 def read_chat_template(checkpoint_dir: Path) -> str | None:

@@ -40,9 +40,7 @@ def _build_float16() -> ToolRecipe:
             regex=".*",
             operation_name=operation,
             op_config=qtyping.OpQuantizationConfig(
-                weight_tensor_config=qtyping.TensorQuantizationConfig(
-                    num_bits=16, dtype=qtyping.TensorDataType.FLOAT
-                ),
+                weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
                 compute_precision=qtyping.ComputePrecision.FLOAT,
                 explicit_dequantize=True,
             ),
@@ -62,9 +60,7 @@ TOOL_RECIPES: dict[str, Callable[[], ToolRecipe] | None] = {
 }
 
 
-def run(
-    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Write the float model of `inputs["convert"]` under `params["recipe"]`; see `workers.steps`.
 
     The recipe `none` yields the same bytes. Raises `UnknownName` for another recipe and `QuantizationFailed`

@@ -66,8 +66,8 @@ def build_model(checkpoint_dir: Path, shape: DecoderShape, context_length: int) 
     with CheckpointTensors(checkpoint_dir) as tensors, torch.no_grad():
         _load_weights(model, shape, tensors)
         tensors.require_all_used(_IGNORABLE_SUFFIXES)
-    model.eval()
-    return model
+    built: torch.nn.Module = model.eval()
+    return built
 
 
 def build_config(shape: DecoderShape, context_length: int) -> generative.ModelConfig:
@@ -186,9 +186,9 @@ def _read_fused(tensors: CheckpointTensors, shape: DecoderShape, layer: str, kin
     inputs = (shape.hidden_size,) if kind == "weight" else ()
     groups, per_group = shape.key_value_heads, shape.heads // shape.key_value_heads
     parts = [
-        tensors.read(
-            f"{layer}.self_attn.{name}_proj.{kind}", (groups * heads * shape.head_size, *inputs)
-        ).reshape(groups, heads * shape.head_size, *inputs)
+        tensors.read(f"{layer}.self_attn.{name}_proj.{kind}", (groups * heads * shape.head_size, *inputs)).reshape(
+            groups, heads * shape.head_size, *inputs
+        )
         for name, heads in (("q", per_group), ("k", 1), ("v", 1))
     ]
     return torch.cat(parts, dim=1).flatten(0, 1)

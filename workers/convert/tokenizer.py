@@ -93,10 +93,8 @@ def carry_as_sentencepiece(checkpoint_dir: Path) -> CarriedTokenizer:
 def measure_mismatch(original: Tokenizer, content: bytes, texts: list[str]) -> float:
     """Return the share of `texts` that a SentencePiece model splits into other ids than `original` does."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    wrong = sum(
-        processor.encode(text) != original.encode(text, add_special_tokens=False).ids for text in texts
-    )
-    return wrong / len(texts)
+    wrong = sum(processor.encode(text) != original.encode(text, add_special_tokens=False).ids for text in texts)
+    return float(wrong / len(texts))
 
 
 def build_sentencepiece(definition: dict[str, Any]) -> bytes:

@@ -26,13 +26,14 @@ SAMPLES: tuple[str, ...] = (
     "for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; }",
     '{"key": [1, 2.5, null, true], "nested": {"text": "\\"quoted\\""}}',
     "SELECT name, size FROM artifacts WHERE size > 1024 ORDER BY name;",
-    "<p class=\"note\">Bread &amp; butter</p>",
+    '<p class="note">Bread &amp; butter</p>',
     "Über den Wolken muß die Freiheit wohl grenzenlos sein.",
     "Le cœur a ses raisons que la raison ne connaît point.",
     "El niño comió piñas en el otoño.",
     "Příliš žluťoučký kůň úpěl ďábelské ódy.",
     "Съешь же ещё этих мягких французских булок.",
-    "Η γρήγορη καφέ αλεπού.",
+    # Greek on purpose, not Latin look-alikes.
+    "Η γρήγορη καφέ αλεπού.",  # noqa: RUF001
     "השועל החום המהיר",
     "الثعلب البني السريع",
     "तेज़ भूरी लोमड़ी",

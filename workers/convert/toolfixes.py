@@ -81,7 +81,8 @@ def tool_tasks_reported(listen: Callable[[str], None]) -> Iterator[None]:
 
     Upstream: litert-torch 0.10.0 (`progress.py`) has no hook; it prints to one module-level rich console.
     """
-    from litert_torch import progress  # noqa: PLC0415 - heavy, and only needed where the tool is loaded
+    # Not at the top: light modules read this file too.
+    from litert_torch import progress
 
     console = progress.console
     progress.console = _TaskListener(listen)

@@ -6,11 +6,14 @@ Called by `workers.convert.convert`.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 from workers.convert import toolfixes
 
-with toolfixes.schema_without_tensorflow():
+# Importing the exporter makes transformers print on standard output, which belongs to a step's figures.
+with toolfixes.schema_without_tensorflow(), contextlib.redirect_stdout(sys.stderr):
     from litert_torch.generative.export_hf import export
 
 

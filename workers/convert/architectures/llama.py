@@ -127,9 +127,7 @@ def _read_llama3_rope(
             file="config.json",
             field=field,
         )
-    original = settings.get(
-        "original_max_position_embeddings", config.get("original_max_position_embeddings")
-    )
+    original = settings.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
     if original is None:
         raise CheckpointInvalid(
             f"config.json: '{field}.original_max_position_embeddings' is missing; llama3 scaling needs it.",

@@ -30,6 +30,4 @@ def read_shape(config: Mapping[str, Any]) -> DecoderShape:
         "attention_bias": False,
         "mlp_bias": False,
     }
-    return read_llama_like(
-        completed, architecture="MistralForCausalLM", family="mistral", attention_window=window
-    )
+    return read_llama_like(completed, architecture="MistralForCausalLM", family="mistral", attention_window=window)

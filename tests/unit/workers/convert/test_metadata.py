@@ -125,6 +125,18 @@ def test_the_message_leaves_out_what_there_is_not() -> None:
     assert not message.HasField("jinja_prompt_template")
 
 
+@pytest.mark.parametrize(
+    ("written", "carried"),
+    [
+        ("a {%- generation -%} b {%- endgeneration %}", "a {%- if true -%} b {%- endif %}"),
+        ("{% if message.get('name') %}", "{% if message['name'] %}"),
+        ("{{ message.get('name', 'nobody') }}", "{{ message.get('name', 'nobody') }}"),
+    ],
+)
+def test_what_the_runtimes_template_engine_lacks_is_rewritten(written: str, carried: str) -> None:
+    assert build_runtime_template(TokenSettings(1, (2,), "<s>", "</s>", written)).endswith("-%}\n" + carried)
+
+
 @pytest.mark.parametrize("as_parts", [False, True])
 @pytest.mark.parametrize(("start", "lead"), [(1, ""), (None, "<s>")])
 def test_the_runtime_template_renders_what_the_source_renders(as_parts: bool, start: int | None, lead: str) -> None:
