@@ -46,8 +46,8 @@ class Comparison:
         """Count a prompt that cannot be compared, because the artifact's tokenizer reads it differently."""
         self._skipped += 1
 
-    def add(self, prompt: str, expected: Generation, answer: Answer) -> None:
-        """Compare one answer with `expected`, up to the first near-tie or stop token."""
+    def add(self, prompt: str, limit_tokens: int, expected: Generation, answer: Answer) -> None:
+        """Compare one answer with `expected`, up to the first near-tie or stop token; both had `limit_tokens`."""
         self._prompts += 1
         kept = len(expected.tokens) - int(expected.stopped)
         ties = (step for step in range(len(expected.tokens)) if expected.margins[step] <= self._near_tie_margin)
@@ -57,7 +57,8 @@ class Comparison:
             certain = min(certain, answer.generated_tokens)
         compared = min(certain, kept)
         matched = self._count_followed(expected.tokens[:compared], answer.text)
-        if expected.stopped and certain > kept and matched == compared:
+        could_run_on = len(expected.tokens) < limit_tokens
+        if expected.stopped and could_run_on and certain > kept and matched == compared:
             self._stops_expected += 1
             self._stops_missed += answer.generated_tokens > len(expected.tokens)
         self._compared += compared

@@ -171,7 +171,7 @@ def prove_answers(asked: Asked, reference: Reference, figures: Mapping[str, Any]
             progress("generating", 0.65 + 0.3 * number / len(items))
         given = asked.answer(item)
         if asked.is_alike(item):
-            comparison.add(item["prompt"], expected_generation(item), given)
+            comparison.add(item["prompt"], item["limit_tokens"], expected_generation(item), given)
         else:
             comparison.skip()
         if item.get("fills_context"):
@@ -197,7 +197,7 @@ def compare_with_graph(asked: Asked, graph: Graph, reference: Reference) -> dict
     for item in [*reference.document["prompts"], *reference.document["evaluation"][:GRAPH_PROMPTS]]:
         if asked.is_alike(item):
             expected = graph.generate(item["tokens"], item["limit_tokens"], reference.stop_tokens)
-            comparison.add(item["prompt"], expected, asked.answer(item))
+            comparison.add(item["prompt"], item["limit_tokens"], expected, asked.answer(item))
         else:
             comparison.skip()
     return comparison.describe()

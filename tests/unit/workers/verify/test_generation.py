@@ -20,7 +20,7 @@ def generation(tokens: list[int], margins: list[float] | None = None, stopped: b
 
 def compare(expected: Generation, answer: Answer, near_tie_margin: float = 0.1) -> dict[str, object]:
     comparison = Comparison(decode, near_tie_margin)
-    comparison.add("prompt", expected, answer)
+    comparison.add("prompt", 8, expected, answer)
     return comparison.describe()
 
 
@@ -60,6 +60,11 @@ def test_stop_is_not_expected_where_it_is_a_near_tie_or_the_answer_went_astray()
     tie = compare(generation([0, 1, 9], [5, 5, 0.01], stopped=True), Answer("abcdefgh", 4, 8))
     astray = compare(generation([0, 1, 9], stopped=True), Answer("axcdefgh", 4, 8))
     assert tie["stops_expected"] == astray["stops_expected"] == 0
+
+
+def test_stop_at_the_last_allowed_token_cannot_be_missed() -> None:
+    figures = compare(generation([0, 1, 2, 3, 4, 5, 6, 9], stopped=True), Answer("abcdefgh", 4, 8))
+    assert (figures["stops_expected"], figures["stops_missed"]) == (0, 0)
 
 
 def test_cut_answer_is_compared_only_as_far_as_it_goes() -> None:
