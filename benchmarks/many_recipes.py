@@ -170,21 +170,26 @@ def compare(arguments: argparse.Namespace, checkpoint: Path, work_dir: Path) -> 
 def describe(result: dict[str, Any]) -> str:
     """Return the figures as a few lines for people."""
     bare, edgekiln, count = result["bare"], result["edgekiln"], len(result["recipes"])
-    gib = 1 << 30
-    peaks = [max(run[name] for run in bare["runs"]) / gib for name in ("peak_rss_bytes", "peak_anon_bytes")]
     lines = [
         f"{result['shape']}: {count} recipes ({', '.join(result['recipes'])}), prefill {result['prefill_length']}, "
         f"context {result['context_length']}",
         f"bare exporter  {bare['median_wall_s']:7.1f} s a recipe (median of {len(bare['runs'])}), "
-        f"{bare['times_recipes_wall_s']:7.1f} s for {count}; peak RSS {peaks[0]:.2f} GiB, anonymous {peaks[1]:.2f} GiB",
+        f"{bare['times_recipes_wall_s']:7.1f} s for {count}; {_describe_memory(bare['runs'])}",
     ]
     if edgekiln is not None:
         lines += [
-            f"edgekiln       {edgekiln['wall_s']:7.1f} s for {count}, engine {result['engine']}; peak RSS "
-            f"{edgekiln['peak_rss_bytes'] / gib:.2f} GiB, anonymous {edgekiln['peak_anon_bytes'] / gib:.2f} GiB",
+            f"edgekiln       {edgekiln['wall_s']:7.1f} s for {count}, engine {result['engine']}; "
+            f"{_describe_memory([edgekiln])}",
             f"ratio          {result['ratio']:7.2f} (below 1: EdgeKiln is faster)",
         ]
     return "\n".join(lines)
+
+
+def _describe_memory(runs: Sequence[dict[str, Any]]) -> str:
+    gib = 1 << 30
+    anon = [run["peak_anon_bytes"] for run in runs]
+    text = "not readable" if None in anon else f"{max(anon) / gib:.2f} GiB"
+    return f"largest process {max(run['peak_rss_bytes'] for run in runs) / gib:.2f} GiB, anonymous in all {text}"
 
 
 def main() -> int:

@@ -19,7 +19,8 @@ from typing import Any
 
 #: Adopts orphans of the measured command, so that a daemon's children still count.
 _PR_SET_CHILD_SUBREAPER = 36
-_MEMORY_PERIOD_S = 0.2
+#: Walking page tables takes milliseconds, so not more often.
+_MEMORY_PERIOD_S = 0.5
 _LOG_LINES = 30
 
 
@@ -34,8 +35,9 @@ class Measured:
     wall_s: float
     #: VmHWM of the largest process of the tree; counts mapped files.
     peak_rss_bytes: int
-    #: The largest sum of RssAnon + RssShmem over the tree at one moment, sampled.
-    peak_anon_bytes: int
+    #: The largest sum of Pss_Anon + Pss_Shmem over the tree at one moment, sampled: pages that forked processes share
+    #: are counted once. None where the kernel does not let this user read it.
+    peak_anon_bytes: int | None
     status: int
     stdout: str
 
@@ -72,8 +74,9 @@ def measure(
     return Measured(wall_s, peak_rss_bytes, peak_anon_bytes, status, text)
 
 
-def _watch(pid: int) -> tuple[int, int]:
-    peak_rss_bytes = peak_anon_bytes = 0
+def _watch(pid: int) -> tuple[int, int | None]:
+    peak_rss_bytes = 0
+    peak_anon_bytes: int | None = 0
     handle = os.pidfd_open(pid)
     try:
         poller = select.poll()
@@ -81,10 +84,15 @@ def _watch(pid: int) -> tuple[int, int]:
         while not poller.poll(_MEMORY_PERIOD_S * 1000):
             anon_bytes = 0
             for member in _list_tree():
-                fields = _read_memory(member)
-                peak_rss_bytes = max(peak_rss_bytes, fields.get("VmHWM", 0))
-                anon_bytes += fields.get("RssAnon", 0) + fields.get("RssShmem", 0)
-            peak_anon_bytes = max(peak_anon_bytes, anon_bytes)
+                peak_rss_bytes = max(peak_rss_bytes, _read_fields(member, "status").get("VmHWM", 0))
+                try:
+                    proportional = _read_fields(member, "smaps_rollup")
+                except PermissionError:
+                    peak_anon_bytes = None
+                    continue
+                anon_bytes += proportional.get("Pss_Anon", 0) + proportional.get("Pss_Shmem", 0)
+            if peak_anon_bytes is not None:
+                peak_anon_bytes = max(peak_anon_bytes, anon_bytes)
     finally:
         os.close(handle)
     return peak_rss_bytes, peak_anon_bytes
@@ -111,13 +119,14 @@ def _list_tree() -> list[int]:
     return found
 
 
-def _read_memory(pid: int) -> dict[str, int]:
+def _read_fields(pid: int, name: str) -> dict[str, int]:
+    """Return the fields in kB of a file of `/proc/PID`, in bytes; none if the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+        lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
         return {}
-    pairs = (line.split(":", 1) for line in lines if line.startswith(("VmHWM", "RssAnon", "RssShmem")))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+    return {field: int(value.removesuffix("kB")) * 1024 for field, value in pairs}
 
 
 def say(text: str) -> None:
