@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import (
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _SERVER_ERROR = 500
 _UNAVAILABLE = 503
+#: What the validator says of a body that is no JSON object at all.
+_NOT_AN_OBJECT = frozenset({"missing", "model_attributes_type", "model_type", "dict_type"})
 #: What the framework itself answers, in this service's words.
 _BY_STATUS: dict[int, type[EdgeKilnError]] = {
     401: Unauthorized,
@@ -100,12 +103,16 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = list(error.errors())
-    if any(tuple(item["loc"]) == ("body",) or item["type"] == "json_invalid" for item in problems):
+    if any(item["type"] == "json_invalid" or _is_no_object(item) for item in problems):
         return make_problem_response(
             InvalidRequest("The request's body must be one JSON object, sent as `Content-Type: application/json`.")
         )
     # Where a parameter travels does not matter to its reader.
     return make_problem_response(invalid_request([{**item, "loc": tuple(item["loc"])[1:]} for item in problems]))
+
+
+def _is_no_object(problem: Mapping[str, Any]) -> bool:
+    return tuple(problem["loc"]) == ("body",) and problem["type"] in _NOT_AN_OBJECT
 
 
 async def _answer_framework(request: Request, error: Exception) -> JSONResponse:
@@ -116,7 +123,20 @@ async def _answer_framework(request: Request, error: Exception) -> JSONResponse:
         405: f"{request.url.path} does not take {request.method}.",
     }
     message = sentences.get(error.status_code, f"{error.detail}.")
-    return make_problem_response(known(message), status=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if known is MethodNotAllowed:
+        # The router names the methods of the first route alone.
+        headers["Allow"] = ", ".join(sorted(_allowed_methods(request)))
+    return make_problem_response(known(message), status=error.status_code, headers=headers)
+
+
+def _allowed_methods(request: Request) -> set[str]:
+    """Return the methods of every route that has this path."""
+    methods: set[str] = set()
+    for template, operations in request.app.openapi()["paths"].items():
+        if compile_path(template)[0].match(request.url.path):
+            methods |= {name.upper() for name in operations}
+    return methods
 
 
 class ProblemBoundary:
