@@ -17,6 +17,7 @@ from tests.convert.conftest import CONTEXT_LENGTH, PREFILL_LENGTHS, Workshop, ig
 from workers.convert import bundle, bundle_reader
 from workers.convert.tokenizer import carry_as_is
 from workers.verify import reference, verify
+from workers.verify.graph import Graph
 
 LENGTHS: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "prefill_lengths": list(PREFILL_LENGTHS)}
 
@@ -124,6 +125,14 @@ def test_graph_that_is_not_as_stated_is_not_verified(
 ) -> None:
     with pytest.raises(VerificationFailed, match=match):
         prove(workshop, answers, tmp_path, **changed)
+
+
+def test_chunk_that_would_reach_beyond_the_context_is_not_fed(reauthored_workshop: Workshop) -> None:
+    graph = Graph(reauthored_workshop.quantize("none") / "model.tflite")
+    graph.prefill([5] * (CONTEXT_LENGTH - 1))
+    graph.context_length = CONTEXT_LENGTH - 6
+    with pytest.raises(VerificationFailed, match="multiple of the largest prefill length"):
+        graph.prefill([5] * (CONTEXT_LENGTH - 7))
 
 
 def test_truncated_graph_is_not_verified(reauthored_workshop: Workshop, answers: Path, tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ class Graph:
     def _feed(self, signature: str, tokens: Sequence[int], start: int, size: int) -> Arrays:
         """Run one chunk of `size` with `tokens` in front and padding behind, as the runtime lays it out."""
         count = len(tokens)
+        if start + size > self.context_length:
+            # The graph would move the chunk back over tokens it already holds, and LiteRT-LM fails.
+            raise VerificationFailed(
+                f"A prompt that reaches position {start + count - 1} needs the signature {signature} from position "
+                f"{start} on, beyond the context of {self.context_length}. Ask for a context that is a multiple of the "
+                "largest prefill length.",
+                signature=signature,
+                position=start,
+            )
         padded = np.zeros((1, size), dtype=np.int32)
         padded[0, :count] = tokens
         positions = np.zeros(size, dtype=np.int32)
