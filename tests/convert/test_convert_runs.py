@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.recipes import RECIPES
 from tests.convert.conftest import CONTEXT_LENGTH, PREFILL_LENGTHS, Workshop, ignore
-from workers.convert import bundle_reader, quantize
+from workers.convert import bundle, bundle_reader, quantize
 
 BUNDLE_FORMATS = ("litertlm", "task")
 LOSSY = [name for name, recipe in RECIPES.items() if recipe.is_lossy]
@@ -130,6 +131,21 @@ def test_every_recipe_runs_in_the_runtime(workshop: Workshop, recipe: str, bundl
     assert bytes(bundle_reader.extract_graph(path, bundle_format)) == graph
     with litert_lm.Engine(str(path)) as engine:
         assert answer_with(engine, "The kiln is hot", 8)
+
+
+@pytest.mark.parametrize("bundle_format", BUNDLE_FORMATS)
+def test_a_checkpoint_without_start_token_runs(
+    reauthored_workshop: Workshop, source: Source, bundle_format: str, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(reauthored_workshop.checkpoint, tmp_path / "checkpoint")
+    definition = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    (checkpoint / "tokenizer.json").write_text(json.dumps({**definition, "post_processor": None}), encoding="utf-8")
+    inputs = {"checkpoint": checkpoint, "quantize": reauthored_workshop.convert}
+    bundle.run({"format": bundle_format, "context_length": CONTEXT_LENGTH}, inputs, tmp_path, ignore)
+    _, expected = Source(checkpoint).answer("The kiln is hot", 12)
+    with litert_lm.Engine(str(tmp_path / f"model.{bundle_format}")) as engine:
+        assert answer_with(engine, "The kiln is hot", 12) == engine.detokenize(expected)
+        assert expected != source.answer("The kiln is hot", 12)[1]
 
 
 def test_recipes_differ_in_size_as_their_names_say(workshop: Workshop) -> None:

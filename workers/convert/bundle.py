@@ -64,7 +64,8 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
     bundle_format = require_known("bundle format", params["format"], BUNDLE_FORMATS)
     graph, checkpoint_dir = inputs["quantize"] / GRAPH_FILE, inputs["checkpoint"]
     progress("Reading tokenizer and chat template", 0.0)
-    metadata = build_metadata(read_token_settings(checkpoint_dir), int(params["context_length"]))
+    settings = read_token_settings(checkpoint_dir)
+    metadata = build_metadata(settings, int(params["context_length"]), must_name_start=bundle_format == "task")
     target = output_dir / f"model.{bundle_format}"
     if bundle_format == "task":
         carried = tokenizers.carry_as_sentencepiece(checkpoint_dir)

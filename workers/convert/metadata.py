@@ -36,6 +36,9 @@ _TEMPLATE_PRELUDE = """\
 {{%- set messages = carried.messages -%}}
 """
 
+#: How LiteRT-LM marks that no start token is set. Source: `runtime/engine/engine_settings.cc`, `SessionConfig`.
+_NO_START_TOKEN = -1
+
 #: What the runtime's template engine lacks, and what means the same there: the tags by which training marks the
 #: assistant's words (only their plainest spelling is known), and looking up a key that may be absent.
 _TEMPLATE_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -89,11 +92,16 @@ def read_token_settings(checkpoint_dir: Path) -> TokenSettings:
     )
 
 
-def build_metadata(settings: TokenSettings, context_length: int) -> bytes:
-    """Return the serialized `LlmMetadata`; equal arguments give equal bytes."""
+def build_metadata(settings: TokenSettings, context_length: int, *, must_name_start: bool = False) -> bytes:
+    """Return the serialized `LlmMetadata`; equal arguments give equal bytes.
+
+    `must_name_start`: say even that there is no start token. LiteRT-LM 0.18 takes the metadata of a `.task` for an
+    older message when it names none.
+    """
     message = llm_metadata_pb2.LlmMetadata()
-    if settings.start_token_id is not None:
-        message.start_token.token_ids.ids.append(settings.start_token_id)
+    if settings.start_token_id is not None or must_name_start:
+        start = _NO_START_TOKEN if settings.start_token_id is None else settings.start_token_id
+        message.start_token.token_ids.ids.append(start)
     for token_id in settings.stop_token_ids:
         message.stop_tokens.add().token_ids.ids.append(token_id)
     message.max_num_tokens = context_length
@@ -180,17 +188,14 @@ def _list_ids(value: Any) -> tuple[int, ...]:
 def _adds_start_token(checkpoint_dir: Path, tokenizer_config: dict[str, Any], bos_id: int | None) -> bool:
     """Say whether transformers puts the start token before a plain text.
 
-    A flag in `tokenizer_config.json` decides; without one the post-processor of `tokenizer.json` does; a
-    SentencePiece tokenizer alone means Llama's first tokenizer, which adds it.
+    The post-processor of `tokenizer.json` decides, whatever a flag beside it says (transformers 5.23). A
+    SentencePiece model alone is Llama's first tokenizer, which adds the token unless the flag forbids it.
     """
     if bos_id is None:
         return False
-    flag = tokenizer_config.get("add_bos_token")
-    if isinstance(flag, bool):
-        return flag
     backend = _read_json(checkpoint_dir / "tokenizer.json")
     if not backend:
-        return True
+        return tokenizer_config.get("add_bos_token") is not False
     return _leads_with(backend.get("post_processor"), bos_id)
 
 

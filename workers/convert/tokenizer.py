@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
@@ -72,7 +73,7 @@ def carry_as_sentencepiece(checkpoint_dir: Path) -> CarriedTokenizer:
         if not hf_path.is_file():
             return own
         definition = json.loads(hf_path.read_text(encoding="utf-8"))
-        content, kind = _make_special_tokens_readable(own.content, definition), own.kind
+        content, kind = own.content, own.kind
     else:
         if not hf_path.is_file():
             raise _missing()
@@ -246,19 +247,22 @@ def _read_sentencepiece(checkpoint_dir: Path) -> CarriedTokenizer:
     path = checkpoint_dir / SENTENCEPIECE_FILE
     if not path.is_file():
         raise _missing()
-    return CarriedTokenizer("sentencepiece", path.read_bytes(), 0.0, 0)
+    try:
+        content = _make_special_tokens_readable(path.read_bytes())
+    except DecodeError as error:
+        raise TokenizerUnsupported(f"{SENTENCEPIECE_FILE} is not a SentencePiece model.") from error
+    return CarriedTokenizer("sentencepiece", content, 0.0, 0)
 
 
-def _make_special_tokens_readable(content: bytes, definition: dict[str, Any]) -> bytes:
-    """Let the special tokens of `tokenizer.json` be found in a text, as transformers finds them.
+def _make_special_tokens_readable(content: bytes) -> bytes:
+    """Let special tokens be found in a text, as transformers finds them.
 
     SentencePiece never reads its control pieces from text, but LiteRT-LM renders a chat template to text and
     then splits it; without this the stop token that ends a turn would arrive as `<`, `/`, `s`, `>`.
     """
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    readable = {token["content"] for token in definition.get("added_tokens", [])}
     for piece in proto.pieces:
-        if piece.type == _PIECE.CONTROL and piece.piece in readable:
+        if piece.type == _PIECE.CONTROL:
             piece.type = _PIECE.USER_DEFINED
     return bytes(proto.SerializeToString(deterministic=True))
 
@@ -267,7 +271,7 @@ def _write_special_tokens(definition: dict[str, Any]) -> list[str]:
     """Return texts that write out special tokens, as chat templates do; unknown text is none of them."""
     unknown = definition.get("model", {}).get("unk_token")
     names = [token["content"] for token in definition.get("added_tokens", []) if token["content"] != unknown]
-    return [f"Hello{name}" for name in names[:_MAX_SPECIAL_TOKENS]]
+    return [f"Hello{name}Hello" for name in names[:_MAX_SPECIAL_TOKENS]]
 
 
 def _missing() -> TokenizerUnsupported:

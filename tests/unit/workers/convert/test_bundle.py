@@ -14,6 +14,7 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from service.errors import BundleFailed, UnknownName
 from tests.checkpoints import TokenizerKind, write_tokenizer
 from workers.convert import bundle, bundle_reader
+from workers.convert.tokenizer import carry_as_is
 
 GRAPH = bytes(range(256)) * 200 + b"end"
 FORMATS = ("litertlm", "task")
@@ -116,8 +117,8 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_becomes_a_litertlm(tmp_pat
     (inputs["checkpoint"] / "tokenizer.json").unlink()
     path, figures = write(inputs, "litertlm", tmp_path / "out")
     assert figures["tokenizer"]["kind"] == "sentencepiece"
-    stored = (inputs["checkpoint"] / "tokenizer.model").read_bytes()
-    assert bundle_reader.extract_tokenizer(path, "litertlm") == stored
+    carried = carry_as_is(inputs["checkpoint"]).content
+    assert bundle_reader.extract_tokenizer(path, "litertlm") == carried
 
 
 def test_an_unknown_format_is_refused_with_the_nearest(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
+from transformers import AutoTokenizer
 
 from service.errors import BundleFailed, CheckpointInvalid
 from tests.checkpoints import CHAT_TEMPLATE, write_tokenizer
@@ -60,20 +61,33 @@ def test_a_stop_token_that_is_no_id_is_invalid(checkpoint: Path) -> None:
         read_token_settings(checkpoint)
 
 
-@pytest.mark.parametrize(("flag", "start"), [(True, 1), (False, None)])
-def test_the_flag_of_the_tokenizer_config_decides_on_the_start_token(
-    checkpoint: Path, flag: bool, start: int | None
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("has_post_processor", [True, False])
+def test_the_start_token_is_put_where_transformers_puts_it(
+    checkpoint: Path, flag: bool | None, has_post_processor: bool
 ) -> None:
-    change(checkpoint, "tokenizer_config.json", add_bos_token=flag)
+    if flag is not None:
+        change(checkpoint, "tokenizer_config.json", add_bos_token=flag)
+    if not has_post_processor:
+        change(checkpoint, "tokenizer.json", post_processor=None)
+    starts = AutoTokenizer.from_pretrained(checkpoint)("12")["input_ids"][0] == 1
+    assert starts == has_post_processor
+    assert read_token_settings(checkpoint).start_token_id == (1 if starts else None)
+
+
+@pytest.mark.parametrize(("flag", "start"), [({}, 1), ({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)])
+def test_the_flag_decides_for_a_sentencepiece_model_alone(
+    checkpoint: Path, flag: dict[str, bool], start: int | None
+) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    change(checkpoint, "tokenizer_config.json", **flag)
     assert read_token_settings(checkpoint).start_token_id == start
 
 
-def test_without_a_flag_the_post_processor_decides(checkpoint: Path) -> None:
+def test_a_post_processor_may_stand_in_a_sequence(checkpoint: Path) -> None:
     post_processor = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["post_processor"]
     change(checkpoint, "tokenizer.json", post_processor={"type": "Sequence", "processors": [post_processor]})
     assert read_token_settings(checkpoint).start_token_id == 1
-    change(checkpoint, "tokenizer.json", post_processor=None)
-    assert read_token_settings(checkpoint).start_token_id is None
 
 
 def test_special_tokens_may_be_objects(checkpoint: Path) -> None:
@@ -123,6 +137,12 @@ def test_the_message_leaves_out_what_there_is_not() -> None:
     message = llm_metadata_pb2.LlmMetadata.FromString(build_metadata(bare, 256))
     assert not message.HasField("start_token")
     assert not message.HasField("jinja_prompt_template")
+
+
+def test_the_message_can_say_that_there_is_no_start_token() -> None:
+    bare = TokenSettings(None, (2,), None, None, None)
+    message = llm_metadata_pb2.LlmMetadata.FromString(build_metadata(bare, 256, must_name_start=True))
+    assert list(message.start_token.token_ids.ids) == [-1]
 
 
 @pytest.mark.parametrize(

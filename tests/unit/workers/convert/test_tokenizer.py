@@ -37,16 +37,26 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_is_carried(tmp_path: Path)
     (tmp_path / "tokenizer.json").unlink()
     for carried in (tokenizer.carry_as_is(tmp_path), tokenizer.carry_as_sentencepiece(tmp_path)):
         assert carried.kind == "sentencepiece"
-        assert carried.content == (tmp_path / "tokenizer.model").read_bytes()
         assert carried.samples == 0
+        stored = read((tmp_path / "tokenizer.model").read_bytes())
+        assert [read(carried.content).encode(text) for text in SAMPLES] == [stored.encode(text) for text in SAMPLES]
+        assert read(carried.content).encode("Hello</s>")[-1] == 2
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(TokenizerUnsupported, match=r"tokenizer\.model is not a SentencePiece model"):
+        tokenizer.carry_as_is(tmp_path)
 
 
 def test_a_sentencepiece_model_beside_tokenizer_json_is_compared_with_it(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "sentencepiece")
     carried = tokenizer.carry_as_sentencepiece(tmp_path)
     assert carried.kind == "sentencepiece"
-    assert carried.mismatch_ratio == 0.0
-    assert carried.samples > len(SAMPLES)
+    # Only after a special token in mid-text does transformers begin a new word; SentencePiece does not.
+    special = carried.samples - len(SAMPLES)
+    assert special == 2
+    assert carried.mismatch_ratio == pytest.approx(special / carried.samples)
 
 
 def test_special_tokens_of_a_sentencepiece_model_can_be_written_in_text(tmp_path: Path) -> None:
@@ -56,7 +66,7 @@ def test_special_tokens_of_a_sentencepiece_model_can_be_written_in_text(tmp_path
     assert read(tokenizer.carry_as_sentencepiece(tmp_path).content).encode("Hello</s>")[-1] == 2
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("metaspace", 0.0), ("byte_level", 0.15)])
+@pytest.mark.parametrize(("kind", "limit"), [("metaspace", 0.05), ("byte_level", 0.15)])
 def test_a_rebuilt_model_reads_nearly_all_samples_alike(tmp_path: Path, kind: Any, limit: float) -> None:
     write_tokenizer(tmp_path, kind)
     carried = tokenizer.carry_as_sentencepiece(tmp_path)
@@ -68,7 +78,8 @@ def test_a_rebuilt_model_reads_nearly_all_samples_alike(tmp_path: Path, kind: An
         for text in SAMPLES
         if read(carried.content).encode(text) != original.encode(text, add_special_tokens=False).ids
     ]
-    assert carried.mismatch_ratio == pytest.approx(len(differing) / carried.samples)
+    special = 2 if kind == "metaspace" else 0
+    assert carried.mismatch_ratio == pytest.approx((len(differing) + special) / carried.samples)
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "byte_level"])
