@@ -159,9 +159,7 @@ class Sandbox:
             "writable": [str(folder.absolute()) for folder in [*folders.values(), *writable]],
             "network": network,
             "credential": credential,
-            "environment": build_child_environment(
-                folders["home"], folders["scratch"], self._threads, network=network
-            ),
+            "environment": build_child_environment(folders["home"], folders["scratch"], self._threads, network=network),
             "deadline_s": limits.deadline_s,
             "memory_bytes": limits.memory_bytes,
             "log_path": str(log_path),

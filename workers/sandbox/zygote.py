@@ -78,9 +78,7 @@ def _serve(control: socket.socket, failure: str | None) -> None:
         wait_ms = _KILL_INTERVAL_MS if has_strangers else _REAP_INTERVAL_MS if supervisors else None
 
 
-def _answer_request(
-    control: socket.socket, run_end: socket.socket, failure: str | None, supervisors: set[int]
-) -> None:
+def _answer_request(control: socket.socket, run_end: socket.socket, failure: str | None, supervisors: set[int]) -> None:
     if failure is not None:
         send_document(run_end, {"type": "not_started", "reason": failure})
         return
