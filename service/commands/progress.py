@@ -15,6 +15,8 @@ from service.commands.output import format_error, say
 #: Reads the job whole, to learn what its steps are for.
 ReadJob = Callable[[], Mapping[str, Any]]
 
+#: Kinds that are about one variant; the others serve all, even when there is but one.
+_VARIANT_KINDS = frozenset({"quantize", "bundle", "verify", "benchmark", "publish"})
 #: Between two plain lines about the same step.
 _PLAIN_PAUSE_S = 5.0
 
@@ -111,9 +113,10 @@ class ProgressView:
 
 
 def label_step(step: Mapping[str, Any]) -> str:
-    """Return what tells a step from its neighbours: kind, its variant if it has one, format."""
+    """Return what tells a step from its neighbours: kind, its variant if it is about one, format."""
     variants = step.get("variants") or []
-    parts = [step["kind"], variants[0] if len(variants) == 1 else "", step.get("format") or ""]
+    variant = variants[0] if len(variants) == 1 and step["kind"] in _VARIANT_KINDS else ""
+    parts = [step["kind"], variant, step.get("format") or ""]
     return " ".join(part for part in parts if part)
 
 
