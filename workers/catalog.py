@@ -80,9 +80,7 @@ CATALOG: Mapping[str, StepCode] = {
     "plan": StepCode(
         "workers.fetch.plan:run", "light", ("fetch/*.py", "convert/architectures/*.py", "convert/tokenizer*.py")
     ),
-    "reference": StepCode(
-        "workers.verify.reference:run", "convert", ("verify/reference.py", "verify/probe.py", "verify/contents.py")
-    ),
+    "reference": StepCode("workers.verify.reference:run", "convert", ("verify/reference.py", "verify/probe.py")),
     "convert": StepCode(
         "workers.convert.convert:run",
         "convert",

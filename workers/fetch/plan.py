@@ -36,16 +36,18 @@ _AUTO_REASONS = {
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Validate `inputs["checkpoint"]` against the request and return the facts.
 
-    `params`: `engines`, `formats`, `prefill_lengths` (tokens, or null for one of min(128, half the context)),
-    `context_length` (tokens, or null for min(the model's, 1280)). Writes no output. Raises `CheckpointInvalid`,
+    `params`: `engines`, `formats`, `prefill_lengths` (tokens, or null for one of at most min(128, half the context)),
+    `context_length` (tokens, or null for at most min(the model's, 1280)). The context is a multiple of the largest
+    prefill length: the runtime fills the cache in whole chunks, and a last chunk beyond it would be lost. Writes no output. Raises `CheckpointInvalid`,
     `CheckpointUnsafe`, `ChatTemplateInvalid`, `ArchitectureUnsupported`, `RequestUnfit`, `TokenizerUnsupported`.
     """
     formats = [require_known("format", name, FORMATS) for name in params["formats"]]
     engines = [require_known("engine", name, ENGINES) for name in params["engines"]]
     checkpoint = read_checkpoint(inputs["checkpoint"], progress)
     resolved = {engine: _resolve_engine(engine, checkpoint.family) for engine in engines}
-    context_length = _choose_context(params.get("context_length"), checkpoint)
-    prefill_lengths = _choose_prefill(params.get("prefill_lengths"), context_length)
+    context_length, prefill_lengths = _choose_lengths(
+        params.get("context_length"), params.get("prefill_lengths"), checkpoint.shape.context_length
+    )
     _require_tokenizer(formats, checkpoint)
     shape, tokenizer = checkpoint.shape, checkpoint.tokenizer
     return {
@@ -84,30 +86,60 @@ def _resolve_engine(asked: str, family: Family) -> tuple[str, str]:
     )
 
 
-def _choose_context(asked: int | None, checkpoint: Checkpoint) -> int:
-    limit = checkpoint.shape.context_length
-    if asked is None:
-        return min(limit, DEFAULT_CONTEXT_LENGTH)
-    if asked > limit:
+def _choose_lengths(
+    asked_context: int | None, asked_prefill: list[int] | None, model_context: int
+) -> tuple[int, list[int]]:
+    """Return the context length, and the prefill lengths, ascending and without repetition."""
+    if asked_context is not None:
+        _check_context(asked_context, model_context)
+    context_length = asked_context or min(model_context, DEFAULT_CONTEXT_LENGTH)
+    if asked_prefill is not None:
+        prefill_lengths = sorted(set(asked_prefill))
+        _check_prefill(prefill_lengths, context_length)
+    else:
+        prefill_lengths = [_choose_prefill(context_length, must_divide=asked_context is not None)]
+    largest = prefill_lengths[-1]
+    if asked_context is None:
+        return context_length - context_length % largest, prefill_lengths
+    if asked_context % largest:
+        below = asked_context - asked_context % largest
+        nearest = [length for length in (below, below + largest) if MIN_CONTEXT_LENGTH <= length <= model_context]
         raise RequestUnfit(
-            f"A context of {asked} tokens was asked for, but the model's is {limit} "
-            f"(max_position_embeddings in config.json); ask for at most {limit}.",
+            f"A context of {asked_context} tokens is no multiple of the largest prefill length, {largest}: the "
+            f"runtime fills its cache in chunks of that size and would lose the last one. Ask for a context of "
+            f"{' or '.join(map(str, nearest))} tokens, or for other prefill lengths.",
+            context_length=asked_context,
+            prefill_length=largest,
+        )
+    return context_length, prefill_lengths
+
+
+def _check_context(asked: int, model_context: int) -> None:
+    if asked > model_context:
+        raise RequestUnfit(
+            f"A context of {asked} tokens was asked for, but the model's is {model_context} "
+            f"(max_position_embeddings in config.json); ask for at most {model_context}.",
             context_length=asked,
-            model_context_length=limit,
+            model_context_length=model_context,
         )
     if asked < MIN_CONTEXT_LENGTH:
         raise RequestUnfit(
             f"A context of {asked} tokens cannot hold a prompt and an answer; ask for at least {MIN_CONTEXT_LENGTH}.",
             context_length=asked,
         )
-    return asked
 
 
-def _choose_prefill(asked: list[int] | None, context_length: int) -> list[int]:
-    """Return the prefill lengths, ascending and without repetition."""
-    if asked is None:
-        return [max(1, min(DEFAULT_PREFILL_LENGTH, context_length // 2))]
-    lengths = sorted(set(asked))
+def _choose_prefill(context_length: int, *, must_divide: bool) -> int:
+    """Return the prefill length of a job that names none: short ones only where nothing else divides the context."""
+    longest = max(1, min(DEFAULT_PREFILL_LENGTH, context_length // 2))
+    if not must_divide:
+        return longest
+    divisors = [length for length in range(1, longest + 1) if context_length % length == 0]
+    # A chunk of a few tokens makes prefill as slow as decode: let the user round the context instead.
+    return divisors[-1] if divisors[-1] * 8 >= longest else longest
+
+
+def _check_prefill(lengths: list[int], context_length: int) -> None:
     if not 1 <= len(lengths) <= MAX_PREFILL_LENGTHS:
         raise RequestUnfit(
             f"{len(lengths)} prefill lengths were asked for; ask for 1 to {MAX_PREFILL_LENGTHS}.",
@@ -122,7 +154,6 @@ def _choose_prefill(asked: list[int] | None, context_length: int) -> list[int]:
             prefill_length=lengths[-1],
             context_length=context_length,
         )
-    return lengths
 
 
 def _require_tokenizer(formats: list[str], checkpoint: Checkpoint) -> None:

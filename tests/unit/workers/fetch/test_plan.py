@@ -50,7 +50,8 @@ def test_facts_are_complete(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_context", "context", "prefill"), [(2, 2, [1]), (64, 64, [32]), (512, 512, [128]), (131072, 1280, [128])]
+    ("model_context", "context", "prefill"),
+    [(2, 2, [1]), (64, 64, [32]), (251, 250, [125]), (512, 512, [128]), (131072, 1280, [128])],
 )
 def test_default_lengths_follow_the_model(tmp_path: Path, model_context: int, context: int, prefill: list[int]) -> None:
     figures = run(tiny.write_tiny(tmp_path / "c", max_position_embeddings=model_context))
@@ -69,6 +70,8 @@ def test_lengths_are_taken_as_asked_in_ascending_order(folder: Path) -> None:
         ({"context_length": 65}, "65 tokens was asked for, but the model's is 64"),
         ({"context_length": 1}, "at least 2"),
         ({"context_length": 32, "prefill_lengths": [8, 33]}, "33 tokens exceeds the context of 32"),
+        ({"context_length": 50, "prefill_lengths": [8, 32]}, "context of 32 or 64 tokens"),
+        ({"context_length": 61}, "no multiple of the largest prefill length, 30"),
         ({"prefill_lengths": [0]}, "not positive"),
         ({"prefill_lengths": []}, "ask for 1 to 8"),
         ({"prefill_lengths": list(range(1, 10))}, "ask for 1 to 8"),
