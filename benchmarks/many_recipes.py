@@ -101,8 +101,8 @@ def run_edgekiln(
     lengths: tuple[int, int],
     engine: str,
     work_dir: Path,
-) -> tuple[Measured, list[dict[str, Any]]]:
-    """Run `edgekiln convert` once in a fresh data directory; return its cost and the job's variants."""
+) -> tuple[Measured, dict[str, Any]]:
+    """Run `edgekiln convert` once in a fresh data directory; return its cost and the job."""
     for folder in ("data", "out"):
         shutil.rmtree(work_dir / folder, ignore_errors=True)
     measured = measure(
@@ -117,14 +117,15 @@ def run_edgekiln(
         statuses=(0, 1),
     )
     try:
-        variants: list[dict[str, Any]] = json.loads(measured.stdout)["variants"]
+        job: dict[str, Any] = json.loads(measured.stdout)
+        variants = job["variants"]
     except (ValueError, KeyError) as error:
         log = (work_dir / "edgekiln.log").read_text(errors="replace")[-2000:]
         raise CommandError(f"edgekiln convert printed no job:\n{log}") from error
     unfinished = [variant for variant in variants if variant["state"] not in ("succeeded", "refused")]
     if unfinished or len(variants) != len(recipes):
         raise CommandError(f"Not every variant was made, so there is nothing to compare: {json.dumps(variants)[:2000]}")
-    return measured, variants
+    return measured, job
 
 
 def compare(arguments: argparse.Namespace, checkpoint: Path, work_dir: Path) -> dict[str, Any]:
@@ -145,8 +146,12 @@ def compare(arguments: argparse.Namespace, checkpoint: Path, work_dir: Path) -> 
     if not arguments.bare_only:
         say(f"edgekiln convert, {len(recipes)} recipes")
         command = [arguments.edgekiln or str(Path(sys.executable).with_name("edgekiln"))]
-        measured, variants = run_edgekiln(command, checkpoint, recipes, lengths, arguments.engine, work_dir)
-        edgekiln = {**measured.to_json(), "variants": [{key: v[key] for key in ("name", "state")} for v in variants]}
+        measured, job = run_edgekiln(command, checkpoint, recipes, lengths, arguments.engine, work_dir)
+        edgekiln = {
+            **measured.to_json(),
+            "variants": [{key: variant[key] for key in ("name", "state")} for variant in job["variants"]],
+            "steps": [{key: step[key] for key in ("kind", "duration_s", "peak_anon_bytes")} for step in job["steps"]],
+        }
     export(arguments.bare_runs // 2)
     median_s = statistics.median(run["wall_s"] for run in bare)
     return {

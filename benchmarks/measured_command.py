@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -33,6 +34,10 @@ class Measured:
     """What one run of a command cost."""
 
     wall_s: float
+    #: Processor time of the command and of all children that it waited for.
+    cpu_s: float
+    #: Before it started: other work on the host makes wall times worthless.
+    load_average_1m: float
     #: VmHWM of the largest process of the tree; counts mapped files.
     peak_rss_bytes: int
     #: The largest sum of Pss_Anon + Pss_Shmem over the tree at one moment, sampled: pages that forked processes share
@@ -54,6 +59,8 @@ def measure(
     """Run `command` to its end with standard error in `log_path`; raises `CommandError` with the log's tail."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stdout_path = log_path.with_suffix(".stdout")
+    load_average_1m = os.getloadavg()[0]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started_s = time.monotonic()
     with log_path.open("wb") as log, stdout_path.open("wb") as stdout:
         process = subprocess.Popen(
@@ -67,11 +74,13 @@ def measure(
                 process.send_signal(signal.SIGINT)
             status = process.wait()
     wall_s = time.monotonic() - started_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     text = stdout_path.read_text(errors="replace")
     if status not in statuses:
         tail = "\n".join((log_path.read_text(errors="replace") + text).splitlines()[-_LOG_LINES:])
         raise CommandError(f"{' '.join(command)} ended with status {status}:\n{tail}")
-    return Measured(wall_s, peak_rss_bytes, peak_anon_bytes, status, text)
+    return Measured(wall_s, cpu_s, load_average_1m, peak_rss_bytes, peak_anon_bytes, status, text)
 
 
 def _watch(pid: int) -> tuple[int, int | None]:
