@@ -24,6 +24,7 @@ from service.storage import open_configured_store
 from workers.catalog import PRELOADS, read_toolchain
 from workers.runner import Runner
 from workers.sandbox import Sandbox, probe_isolation
+from workers.work_dir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,11 @@ class WorkerProcess:
             isolation=probe_isolation(),
         )
         self.sandbox = Sandbox(PRELOADS, threads=cores)
-        settings.work_dir.mkdir(parents=True, exist_ok=True)
+        self._work_dir = WorkDir(settings.work_dir, self.worker_id)
         store = open_configured_store(settings)
-        self.runner = Runner(settings, self.database, store, self.sandbox, self.worker_id, toolchain, cores)
+        self.runner = Runner(
+            settings, self.database, store, self.sandbox, self.worker_id, toolchain, cores, self._work_dir.path
+        )
         self._closed = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
 
@@ -80,6 +83,7 @@ class WorkerProcess:
         self.shut_down()
         self.sandbox.close()
         self.database.close()
+        self._work_dir.close()
 
     def _sweep(self) -> None:
         """Poke whatever is due, for ever: lost messages and lost workers are repaired here."""

@@ -6,7 +6,8 @@
     4. upload what it made and its log
     5. finish, fail or give back the step under the claim's token
 
-Called by `workers.tasks` from several threads at once. Owns the step folders below `Settings.work_dir`.
+Called by `workers.tasks` from several threads at once. Owns the step folders below its worker's
+work folder.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Runner:
         worker_id: str,
         toolchain: Toolchain,
         cores: int,
+        work_dir: Path,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -65,6 +67,7 @@ class Runner:
         self._sandbox = sandbox
         self._worker_id = worker_id
         self._toolchain = toolchain
+        self._work_dir = work_dir
         self._benchmark = {"processes": settings.benchmark_processes, "threads": cores}
         self._shutdown = threading.Event()
         self.policy = work.LeasePolicy(
@@ -95,7 +98,7 @@ class Runner:
         return True
 
     def _run(self, claim: work.Claim) -> None:
-        step_dir = self._settings.work_dir / f"{claim.step_id}-{claim.token}"
+        step_dir = self._work_dir / f"{claim.step_id}-{claim.token}"
         usage = work.Usage()
         try:
             with LeaseKeeper(self._settings, self._database, claim) as keeper:
