@@ -130,6 +130,7 @@ class Supervisor:
             self._lock.acquire()
             self._listener = _listen(self.settings.host, self.settings.port)
             self.settings = self.settings.model_copy(update={"port": self._listener.getsockname()[1]})
+            self._report("Starting API, worker and beat.")
             self._migrate()
             self._start_children(self._listener.fileno())
             # Whoever finds the directory taken may come in as soon as the socket takes connections.

@@ -13,7 +13,7 @@ from service.commands import options
 from service.commands.interrupts import orderly_end
 from service.commands.output import print_json, say
 from service.commands.progress import ProgressView
-from service.commands.report import exit_code, print_outcome
+from service.commands.report import exit_code, print_outcome, say_outcome
 from service.errors import DataDirBusy, EdgeKilnError, InvalidRequest, ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def convert(
         job = run_job(settings, request, output)
     if as_json:
         print_json(job)
+        say_outcome(job)
     else:
         print_outcome(job)
     raise typer.Exit(exit_code(job))
@@ -119,7 +120,6 @@ def _server(settings: Settings, request: JobRequest) -> Iterator[tuple[Client, b
     roots = (Path(source.path),) if isinstance(source, FolderSource) else ()
     supervisor = Supervisor(settings.model_copy(update={"source_roots": roots}), report=say)
     try:
-        say("Starting the embedded profile.")
         supervisor.start()
     except DataDirBusy as busy:
         url = busy.details.get("url")

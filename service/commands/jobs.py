@@ -13,7 +13,7 @@ import typer
 from service.commands import options
 from service.commands.output import format_bytes, print_json, print_table, say
 from service.commands.progress import ProgressView, label_step
-from service.commands.report import exit_code, print_outcome
+from service.commands.report import exit_code, print_outcome, say_outcome
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -248,6 +248,7 @@ def _finish(document: dict[str, Any], as_json: bool) -> None:
     """Print an ended job and end the command."""
     if as_json:
         print_json(document)
+        say_outcome(document)
     else:
         print_outcome(document)
     raise typer.Exit(exit_code(document))

@@ -31,6 +31,11 @@ def print_outcome(job: Mapping[str, Any]) -> None:
         print_table(_COLUMNS, rows, right=_NUMBERS)
     for line in _failures(job):
         say(line)
+    say_outcome(job)
+
+
+def say_outcome(job: Mapping[str, Any]) -> None:
+    """Say how the job ended and how much of it was not new."""
     say(f"Job {job['id']}: {job['state']}. {_count_reused(job)}")
 
 
@@ -42,7 +47,9 @@ def exit_code(job: Mapping[str, Any]) -> int:
 def _count_reused(job: Mapping[str, Any]) -> str:
     steps = job["steps"]
     reused = sum(bool(step["reused"]) for step in steps)
-    return f"{reused} of {len(steps)} steps were reused from earlier work." if reused else f"{len(steps)} steps."
+    if reused:
+        return f"{reused} of {len(steps)} steps were reused from earlier work."
+    return f"{len(steps)} step{'' if len(steps) == 1 else 's'}, none reused."
 
 
 def _variant_rows(variant: Mapping[str, Any]) -> list[list[str]]:

@@ -74,7 +74,6 @@ def up(
     supervisor = Supervisor(settings, report=say)
     try:
         with orderly_end():
-            say("Starting.")
             with supervisor:
                 roots = os.pathsep.join(str(root) for root in settings.source_roots) or "none (--source-root DIR)"
                 say(f"EdgeKiln serves {supervisor.url}")

@@ -146,7 +146,7 @@ def test_it_is_ready_when_start_returns_and_gone_when_stop_returns(settings: Set
         assert all(is_alive(pid) for pid in pids)
     assert not any(is_alive(pid) for pid in pids)
     assert read_server(settings.data_dir) == {}
-    assert reports == []
+    assert reports == ["Starting API, worker and beat."]
     with Supervisor(settings, commands=stand_ins) as again:
         assert again.pids.keys() == {"api", "worker"}
 
