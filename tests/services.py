@@ -11,11 +11,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import redis
 
 
 def give_up(reason: str) -> NoReturn:
@@ -61,3 +63,38 @@ def postgres_url() -> Iterator[str]:
         finally:
             stop = [*user, pg_ctl, "-D", data, "-m", "immediate", "-w", "stop"]
             subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def redis_url() -> Iterator[str]:
+    """Yield the URL of a Redis database that tests may fill and empty."""
+    named = os.environ.get("EDGEKILN_TEST_REDIS_URL")
+    if named:
+        yield named
+        return
+    program = shutil.which("redis-server")
+    if program is None:
+        give_up("no Redis: set EDGEKILN_TEST_REDIS_URL or install the server")
+    with tempfile.TemporaryDirectory(prefix="edgekiln-redis-") as folder:
+        port = free_port()
+        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+        server = subprocess.Popen([*command, "--dir", folder], stdout=subprocess.DEVNULL)
+        try:
+            _wait_for_redis(server, port)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _wait_for_redis(server: subprocess.Popen[bytes], port: int) -> None:
+    give_up_at = time.monotonic() + 30
+    with redis.Redis(port=port, retry=None) as client:
+        while True:
+            try:
+                client.ping()
+                return
+            except redis.ConnectionError:
+                assert server.poll() is None, "redis-server has ended"
+                assert time.monotonic() < give_up_at, "redis-server does not answer"
+                time.sleep(0.02)
