@@ -39,6 +39,8 @@ def build_base_environment(home_dir: Path, threads: int | None) -> dict[str, str
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",
         TF_CPP_MIN_LOG_LEVEL="2",
+        # Threads that wait must not spin: several children share the cores, and spinning ones halve each other.
+        OMP_WAIT_POLICY="PASSIVE",
     )
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
