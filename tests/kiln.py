@@ -128,6 +128,7 @@ class Kiln:
         self._command = [sys.executable, "-m", "service.cli", "up", "--port", "0", "--source-root", str(source_root)]
         self._output = folder / "up.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._others: list[subprocess.Popen[bytes]] = []
         self._client: Client | None = None
         self._database: Database | None = None
 
@@ -169,10 +170,15 @@ class Kiln:
     def close(self) -> None:
         """Leave nothing behind, whatever has happened."""
         kill_all(self.folder)
-        if self._process is not None:
-            self._process.wait()
-            self._process = None
+        for process in [*self._others, self._process]:
+            if process is not None:
+                process.wait()
+        self._process = None
         self._let_go()
+
+    def also_wait_for(self, process: subprocess.Popen[bytes]) -> None:
+        """Count a further process, started with `environment`, as the kiln's."""
+        self._others.append(process)
 
     def _let_go(self) -> None:
         if self._client is not None:

@@ -20,8 +20,8 @@ Fire = Callable[..., Kiln]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of one layer."""
-    config = {"num_hidden_layers": 1, "max_position_embeddings": 64}
+    """A folder with a Llama of one layer, whose embeddings make its files larger than what a ledger writes."""
+    config = {"num_hidden_layers": 1, "max_position_embeddings": 64, "vocab_size": 16384}
     return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", config=config)
 
 

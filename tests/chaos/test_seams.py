@@ -63,7 +63,8 @@ def run_until(process: WorkerProcess, is_done: Callable[[], bool], what: str) ->
 
 
 def submit(database: Database, checkpoint: Path) -> str:
-    request = {"source": {"kind": "folder", "path": str(checkpoint)}, "recipes": ["none"], "formats": FORMATS}
+    # Not the recipe that was published before: manifests are deterministic, and theirs would be there already.
+    request = {"source": {"kind": "folder", "path": str(checkpoint)}, "recipes": ["dynamic_int8"], "formats": FORMATS}
     return jobs.submit_job(database, TENANT, parse_request(request), max_variants=9).job_id
 
 

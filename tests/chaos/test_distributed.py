@@ -1,0 +1,72 @@
+"""The distributed profile's parts under the same code: PostgreSQL keeps the ledger, Redis carries the messages."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy import insert
+
+from service.ledger.database import Database
+from service.ledger.tables import Base
+from tests.chaos.conftest import Fire
+from tests.kiln import check_published_once, check_store, find_processes, read_rows, wait_for
+from tests.services import redis_url
+
+
+@pytest.fixture
+def broker_url() -> Iterator[str]:
+    with redis_url() as url:
+        yield url
+
+
+def copy_ledger(source_url: str, target_url: str) -> None:
+    """Copy every row of a ledger into an empty one of another database."""
+    source, target = Database(source_url), Database(target_url)
+    try:
+        for mapper in sorted(Base.registry.mappers, key=lambda mapper: _TABLES.index(mapper.local_table.name)):
+            if rows := read_rows(source, mapper.class_):
+                target.write(lambda tx, table=mapper.local_table, rows=rows: tx.connection.execute(insert(table), rows))
+    finally:
+        source.close()
+        target.close()
+
+
+_TABLES = [table.name for table in Base.metadata.sorted_tables]
+
+
+def test_a_job_survives_its_worker_and_every_message_on_postgresql_and_redis(
+    fire: Fire, converted: Path, checkpoint: Path, postgres_ledger_url: str, broker_url: str
+) -> None:
+    copy_ledger(f"sqlite:///{converted / 'data' / 'ledger.db'}", postgres_ledger_url)
+    (converted / "data" / "ledger.db").unlink()
+    kiln = fire(database_url=postgres_ledger_url, broker_url=broker_url)
+    job_id = kiln.submit(checkpoint, recipes=["none", "dynamic_int8"], formats=["tflite", "litertlm"])
+    # The first light step waits for its zygote's imports, and so does the kill not have to hurry.
+    wait_for(lambda: (kiln.step(job_id, "plan") or {}).get("state") == "running", "plan runs")
+    worker_pid = kiln.worker_pid
+    assert worker_pid is not None
+
+    os.kill(worker_pid, signal.SIGKILL)
+    with redis.Redis.from_url(broker_url) as broker:
+        broker.flushall()
+    job = kiln.finished(job_id)
+
+    assert job["state"] == "succeeded", job
+    attempts = kiln.attempts(job_id)
+    assert attempts.pop("plan") == ["lost", "succeeded"]
+    assert {state for states in attempts.values() for state in states} == {"succeeded"}
+    # What the copied ledger knew was not done again.
+    assert "convert" not in attempts
+    rows = check_published_once(kiln.database, kiln.data_dir / "store", job_id)
+    assert len(rows) == 4
+    check_store(kiln.data_dir / "store")
+    assert len(kiln.client.download(job_id, kiln.folder / "out")) == 4
+    assert not (kiln.data_dir / "ledger.db").exists()
+    assert not (kiln.data_dir / "broker").exists() or not any((kiln.data_dir / "broker").rglob("*.msg"))
+    kiln.stop()
+    assert find_processes(kiln.folder) == {}
