@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 #: Task names and queue names are wire format.
 RUN_TASK = "step.run"
 PRUNE_TASK = "ledger.prune"
-RESOURCE_CLASSES = ("fetch", "convert", "light", "device")
 #: How often the beat asks for housekeeping.
 _PRUNE_S = 600.0
 

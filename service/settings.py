@@ -1,7 +1,7 @@
 """One frozen `Settings`, read from `EDGEKILN_*` environment variables and checked at start.
 
-Owns every tunable of the service and the workers, with its unit in its name. Nothing else reads the
-environment. Called once by each process's entry (`service.cli`, `service.api.app`, `workers.app`).
+Owns every tunable of the service and the workers, with its unit in its name. Called once by each process's entry
+(`service.commands`, `service.api.__main__`, `workers.app`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hosts and workers as the ledger knows them.
 
-Called by `workers.app`; read by `/readyz`.
+Called by `workers.process`; read by `/readyz`.
 """
 
 from __future__ import annotations

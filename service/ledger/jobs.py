@@ -159,10 +159,10 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
     steps = _supersede_failed_steps(tx, job_id)
     tx.connection.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED, finalized_at=None))
     emit(tx, [job_id], "job", {"state": JobState.QUEUED})
-    if steps.get("plan", StepState.FAILED) == StepState.SUCCEEDED:
-        fetch_id, figures = _succeeded_fetch(tx, job_id)
-        digest = figures["checkpoint_digest"]
-        add_steps(tx, job_id, [plan_spec(request)], NO_TOOLCHAIN, {"fetch": fetch_id}, digest)
+    fetch = _usable_fetch(tx, job_id)
+    if steps.get("plan") == StepState.SUCCEEDED and fetch is not None:
+        digest = fetch.figures["checkpoint_digest"]
+        add_steps(tx, job_id, [plan_spec(request)], NO_TOOLCHAIN, {"fetch": fetch.id}, digest)
     else:
         add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
     recompute_job(tx, job_id)
@@ -198,12 +198,17 @@ def _supersede_failed_steps(tx: Transaction, job_id: str) -> dict[str, str]:
     return last_state
 
 
-def _succeeded_fetch(tx: Transaction, job_id: str) -> tuple[str, dict[str, Any]]:
-    row = tx.connection.execute(
+def _usable_fetch(tx: Transaction, job_id: str) -> Any | None:
+    """Return the job's last `fetch` whose files are still there, with its figures."""
+    return tx.connection.execute(
         select(Step.id, Step.figures)
         .join(JobStep, JobStep.step_id == Step.id)
-        .where(JobStep.job_id == job_id, Step.kind == "fetch", Step.state == StepState.SUCCEEDED)
+        .where(
+            JobStep.job_id == job_id,
+            Step.kind == "fetch",
+            Step.state == StepState.SUCCEEDED,
+            Step.retired_at.is_(None),
+        )
         .order_by(JobStep.position.desc())
         .limit(1)
-    ).one()
-    return row.id, row.figures
+    ).one_or_none()

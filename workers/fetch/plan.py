@@ -38,8 +38,9 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
 
     `params`: `engines`, `formats`, `prefill_lengths` (tokens, or null for one of at most min(128, half the context)),
     `context_length` (tokens, or null for at most min(the model's, 1280)). The context is a multiple of the largest
-    prefill length: the runtime fills the cache in whole chunks, and a last chunk beyond it would be lost. Writes no output. Raises `CheckpointInvalid`,
-    `CheckpointUnsafe`, `ChatTemplateInvalid`, `ArchitectureUnsupported`, `RequestUnfit`, `TokenizerUnsupported`.
+    prefill length: the runtime fills the cache in whole chunks, and a last chunk beyond it would be lost. Writes no
+    output. Raises `CheckpointInvalid`, `CheckpointUnsafe`, `ChatTemplateInvalid`, `ArchitectureUnsupported`,
+    `RequestUnfit`, `TokenizerUnsupported`.
     """
     formats = [require_known("format", name, FORMATS) for name in params["formats"]]
     engines = [require_known("engine", name, ENGINES) for name in params["engines"]]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from service.errors import CheckpointInvalid, Conflict, IdempotencyMismatch, InvalidRequest, NotFound
+from service.errors import BlobMissing, CheckpointInvalid, Conflict, IdempotencyMismatch, InvalidRequest, NotFound
 from service.ledger import jobs, locks, moves, views, work
 from service.ledger.database import Database
 from service.ledger.tables import Job, Step
@@ -130,6 +130,18 @@ def test_a_retry_after_a_bad_checkpoint_looks_at_the_source_again(play: Play) ->
     assert play.job(job_id)["state"] == "failed"
     jobs.retry_job(play.database, TENANT, job_id)
     assert play.run_all()[0] == "resolve"
+    assert play.job(job_id)["state"] == "succeeded"
+
+
+def test_a_retry_without_the_checkpoints_files_fetches_them_again(play: Play) -> None:
+    job_id = play.submit()
+    fetch = play.claim_kind("fetch")
+    play.finish(fetch)
+    play.fail(play.claim_kind("convert"), BlobMissing("The store lost model.safetensors."))
+    play.run_all()
+    work.retire_step(play.database, fetch.step_id)
+    jobs.retry_job(play.database, TENANT, job_id)
+    assert play.run_all()[:3] == ["resolve", "fetch", "plan"]
     assert play.job(job_id)["state"] == "succeeded"
 
 
