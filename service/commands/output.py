@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-#: Wide enough for any table when nobody's screen limits it.
-_UNLIMITED_COLUMNS = 220
+#: Wider than any table.
+_UNLIMITED_COLUMNS = 10_000
 
 
 def say(message: str) -> None:
@@ -28,13 +28,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_COLUMNS, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    # As wide as it is: a narrow terminal wraps its lines, but no path is cut in pieces.
+    measure = Console(width=_UNLIMITED_COLUMNS).measure(table)
+    Console(width=measure.maximum, highlight=False, soft_wrap=True).print(table)
 
 
 def format_bytes(size_bytes: float | None) -> str:

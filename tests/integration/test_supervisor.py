@@ -142,9 +142,11 @@ def test_it_is_ready_when_start_returns_and_gone_when_stop_returns(settings: Set
         with Client(supervisor.url) as client:
             assert client.readiness()["ready"] is True
         assert read_server(settings.data_dir) == {"pid": os.getpid(), "url": supervisor.url}
-        pids = [*supervisor.pids.values(), grandchild_of(settings.data_dir)]
-        assert all(is_alive(pid) for pid in pids)
-    assert not any(is_alive(pid) for pid in pids)
+        children, grandchild = list(supervisor.pids.values()), grandchild_of(settings.data_dir)
+        assert all(map(is_alive, [*children, grandchild]))
+    assert not any(map(is_alive, children))
+    # Killed too, but nobody here can wait for the child of a child.
+    wait_until(lambda: not is_alive(grandchild))
     assert read_server(settings.data_dir) == {}
     assert reports == ["Starting API, worker and beat."]
     with Supervisor(settings, commands=stand_ins) as again:
@@ -182,7 +184,7 @@ def test_a_dead_child_is_reported_and_started_again(settings: Settings) -> None:
         # The listening socket never closed: this request waits for the new API.
         with Client(supervisor.url) as client:
             assert client.readiness()["ready"] is True
-        assert not is_alive(grandchild)
+        wait_until(lambda: not is_alive(grandchild))
     assert any("api ended unexpectedly (signal SIGKILL" in line for line in reports)
     assert "worker was started again." in reports
 
@@ -255,10 +257,11 @@ def test_a_signal_to_the_supervisor_ends_everything(
     program: tuple[subprocess.Popen[str], dict[str, Any]], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process, said = program
-    pids = [*said["pids"].values(), grandchild_of(tmp_path / "data")]
+    children, grandchild = said["pids"].values(), grandchild_of(tmp_path / "data")
     process.send_signal(number)
     assert process.wait(_PATIENCE_S) == code
-    assert not any(is_alive(pid) for pid in pids)
+    assert not any(map(is_alive, children))
+    wait_until(lambda: not is_alive(grandchild))
 
 
 def test_children_die_with_a_supervisor_that_is_killed(
