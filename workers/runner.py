@@ -120,10 +120,10 @@ class Runner:
                 except LeaseLost:
                     raise
                 except EdgeKilnError as error:
-                    self._fail(claim, error, usage)
+                    self._fail(claim, error, usage, step_dir)
                 except Exception as error:
                     log.exception("bug in %s %s", claim.kind, claim.step_id)
-                    self._fail(claim, RemoteError(describe_bug(error)), usage)
+                    self._fail(claim, RemoteError(describe_bug(error)), usage, step_dir)
         except LeaseLost:
             log.warning("lost %s %s; nothing was written", claim.kind, claim.step_id)
         finally:
@@ -216,6 +216,9 @@ class Runner:
         return report
 
     def _measure(self, result: ChildResult) -> work.Usage:
+        if result.error is not None:
+            # Half an output is of no use, and its log may find the disk full because of it.
+            shutil.rmtree(result.output_dir, ignore_errors=True)
         usage = work.Usage(
             duration_s=result.duration_s,
             peak_rss_bytes=result.peak_rss_bytes,
@@ -252,7 +255,9 @@ class Runner:
         self._store.put_file(blob_key(digest), path, digest)
         return work.OutputFile(name, digest, size_bytes)
 
-    def _fail(self, claim: work.Claim, error: EdgeKilnError, usage: work.Usage) -> None:
+    def _fail(self, claim: work.Claim, error: EdgeKilnError, usage: work.Usage, step_dir: Path) -> None:
+        # The ledger may be on the disk that the step has filled: what the step holds goes before its failure is told.
+        shutil.rmtree(step_dir, ignore_errors=True)
         document = error.to_json()
         log.warning("%s %s failed: %s: %s", claim.kind, claim.step_id, document["code"], document["message"])
         if work.fail_step(self._database, claim, error, usage, self.policy):
