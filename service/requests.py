@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from service import gates
 from service.errors import InvalidRequest, SourceNotFound
@@ -51,7 +51,7 @@ class HubSource(BaseModel):
     @field_validator("repo")
     @classmethod
     def _repo_name(cls, value: str) -> str:
-        if not _HUB_NAME.fullmatch(value):
+        if not _HUB_NAME.fullmatch(value) or "--" in value or ".." in value:
             raise ValueError(f"{value!r} is not a Hub repository: write OWNER/NAME")
         return value
 
@@ -84,7 +84,7 @@ class JobRequest(BaseModel):
     )
     context_length: int | None = Field(default=None, ge=2, le=1_048_576, description="KV cache length in tokens.")
     devices: tuple[str, ...] = Field(default=(), description="Where to benchmark; none when empty.")
-    gates: dict[str, float] = Field(default_factory=dict, description="Thresholds beyond the default gates.")
+    gates: dict[str, FiniteFloat] = Field(default_factory=dict, description="Thresholds beyond the default gates.")
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
 
     @field_validator("engines", "recipes", "formats", "devices")
@@ -119,6 +119,11 @@ class JobRequest(BaseModel):
                     raise ValueError(
                         f"prefill length {length} is larger than the context of {self.context_length} tokens"
                     )
+            largest = max(self.prefill_lengths or (1,))
+            if self.context_length % largest:
+                raise ValueError(
+                    f"a context of {self.context_length} tokens is no multiple of the largest prefill length, {largest}"
+                )
         if gates.needs_benchmark(self.gates) and not self.devices:
             raise ValueError("a gate on a benchmark's figure needs a device to measure it on")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Annotated
@@ -68,7 +69,7 @@ def download_artifact(
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(artifact['name'], safe='')}",
+        "Content-Disposition": _disposition(artifact["name"]),
         "X-Content-Type-Options": "nosniff",
     }
     if matches(if_none_match, etag):
@@ -117,3 +118,9 @@ def read_manifest(context: ContextOf, tenant_id: TenantOf, artifact_id: Artifact
         media_type="application/json",
         headers={"ETag": f'"{artifact["manifest_sha256"]}"', "X-Content-Type-Options": "nosniff"},
     )
+
+
+def _disposition(name: str) -> str:
+    """Name the file for clients that read UTF-8 names and for those that do not."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"

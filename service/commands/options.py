@@ -99,7 +99,8 @@ def make_request(
         "gates": _parse_gates(gates or []),
         "priority": priority,
     }
-    given = {name: value for name, value in fields.items() if value}
+    # An empty list or table was not asked for; a zero was.
+    given = {name: value for name, value in fields.items() if value not in (None, [], {})}
     return parse_request({"source": parse_source(source).model_dump(mode="json"), **given})
 
 

@@ -14,14 +14,14 @@ _COLUMNS = (
     "engine",
     "format",
     "size",
-    "max error",
+    "error/range",
     "KL",
     "accuracy",
     "prefill tok/s",
     "decode tok/s",
     "file",
 )
-_NUMBERS = ("size", "max error", "KL", "accuracy", "prefill tok/s", "decode tok/s")
+_NUMBERS = ("size", "error/range", "KL", "accuracy", "prefill tok/s", "decode tok/s")
 
 
 def print_outcome(job: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _count_reused(job: Mapping[str, Any]) -> str:
 def _variant_rows(variant: Mapping[str, Any]) -> list[list[str]]:
     head = [variant["name"], variant["state"], variant["engine"]]
     parity = variant["parity"] or {}
-    figures = [_number(parity.get("max_abs_error"), ".2g"), _number(parity.get("kl_mean"), ".2g")]
+    figures = [_number(parity.get("max_abs_error_ratio"), ".2g"), _number(parity.get("kl_mean"), ".2g")]
     if not variant["artifacts"]:
         error = variant["error"]
         return [[*head, _NONE, _NONE, *figures, _NONE, _NONE, _NONE, error["code"] if error else _NONE]]

@@ -497,7 +497,9 @@ def test_a_download_is_the_published_bytes(shop: Shop) -> None:
     assert hashlib.sha256(answer.content).hexdigest() == artifact["sha256"]
     assert answer.headers["etag"] == f'"{artifact["sha256"]}"'
     assert int(answer.headers["content-length"]) == artifact["size_bytes"] == ARTIFACT_BYTES
-    assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''tiny-none.tflite"
+    assert answer.headers["content-disposition"] == (
+        "attachment; filename=\"tiny-none.tflite\"; filename*=UTF-8''tiny-none.tflite"
+    )
     assert answer.headers["accept-ranges"] == "bytes"
     head = shop.http.head(artifact["url"])
     assert (head.status_code, head.content) == (200, b"")

@@ -62,6 +62,9 @@ def test_the_list_of_commands_is_complete(run: Any) -> None:
             "invalid_request: The request cannot be used: request: prefill length 64",
         ),
         (["--context", "1"], "invalid_request"),
+        (["--context", "0"], "invalid_request"),
+        (["--prefill", "32", "--context", "80"], "no multiple of the largest prefill length, 32"),
+        (["--gate", "max_kl=nan"], "finite number"),
         (["--context", "many"], "Invalid value for '--context'"),
         (["--colour"], "No such option"),
     ],
@@ -167,7 +170,7 @@ def make_job(**fields: Any) -> dict[str, Any]:
         "engine": "traced",
         "error": error,
         "artifacts": [],
-        "parity": {"max_abs_error": 2.5, "kl_mean": 0.5},
+        "parity": {"max_abs_error_ratio": 0.25, "kl_mean": 0.5},
         "quality": None,
         "measurements": [],
     }
@@ -181,7 +184,7 @@ def make_job(**fields: Any) -> dict[str, Any]:
         "engine": "reauthored",
         "error": None,
         "artifacts": artifacts,
-        "parity": {"max_abs_error": 0.00004, "kl_mean": None},
+        "parity": {"max_abs_error_ratio": 0.00004, "kl_mean": None},
         "quality": {
             "exact_match": 1.0,
             "source_exact_match": 1.0,
@@ -205,7 +208,7 @@ def test_the_table_holds_every_figure_and_no_invented_one(capsys: pytest.Capture
     rows = [" ".join(line.split()) for line in shown.out.splitlines()]
     assert "none succeeded reauthored task 5.1 MB 4e-05 - 100.0% → 75.0% 17,333 2,402 out/tiny-none.task" in rows
     assert "none succeeded reauthored tflite 900 B 4e-05 - 100.0% → 100.0% - - tiny-none.tflite" in rows
-    assert "dynamic_int4 refused traced - - 2.5 0.5 - - - gate_refused" in rows
+    assert "dynamic_int4 refused traced - - 0.25 0.5 - - - gate_refused" in rows
     assert shown.err.splitlines() == [
         "dynamic_int4 refused: gate_refused: KL is too large.",
         "benchmark failed: gate_refused: 0 tokens/s.",
