@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from service import folder_broker
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _PRUNE_S = 600.0
 
 def make_app(settings: Settings) -> Celery:
     """Return a Celery app for this deployment; no connection is made yet."""
-    app = Celery("edgekiln", broker=settings.broker_url or "filesystem://")
+    app = Celery("edgekiln", broker=settings.broker_url or f"{folder_broker.SCHEME}://")
     app.conf.update(
         task_ignore_result=True,
         task_acks_late=False,
@@ -46,23 +46,8 @@ def make_app(settings: Settings) -> Celery:
             # Longer than the longest step, or Redis delivers a running task again.
             app.conf.broker_transport_options = {"visibility_timeout": 7 * 24 * 3600}
     else:
-        app.conf.broker_transport_options = _folder_transport(settings.data_dir / "broker")
+        app.conf.broker_transport_options = {"folder": str(settings.data_dir / "broker"), "polling_interval": 0.1}
     return app
-
-
-def _folder_transport(root: Path) -> dict[str, object]:
-    """Options of Celery's embedded broker: messages are files."""
-    folders = {name: root / name for name in ("messages", "processed", "control")}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "data_folder_in": str(folders["messages"]),
-        "data_folder_out": str(folders["messages"]),
-        "processed_folder": str(folders["processed"]),
-        "control_folder": str(folders["control"]),
-        "store_processed": False,
-        "polling_interval": 0.1,
-    }
 
 
 class Poker:
