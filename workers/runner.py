@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import InterfaceError, OperationalError
+
 from service.errors import (
     BlobCorrupt,
     BlobMissing,
@@ -43,6 +45,8 @@ from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
 
 log = logging.getLogger(__name__)
 
+#: The ledger does not answer, or its disk is full. Not what a wrong statement raises: that is a bug.
+_LEDGER_AWAY = (OperationalError, InterfaceError)
 #: Progress is written to the ledger at most this often.
 _PROGRESS_S = 1.0
 
@@ -117,7 +121,7 @@ class Runner:
                     log.info("finished %s %s", claim.kind, claim.step_id)
                     if claim.kind == "fetch":
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
-                except LeaseLost:
+                except (LeaseLost, *_LEDGER_AWAY):
                     raise
                 except EdgeKilnError as error:
                     self._fail(claim, error, usage, step_dir)
@@ -126,6 +130,9 @@ class Runner:
                     self._fail(claim, RemoteError(describe_bug(error)), usage, step_dir)
         except LeaseLost:
             log.warning("lost %s %s; nothing was written", claim.kind, claim.step_id)
+        except _LEDGER_AWAY as error:
+            # No fault of the step: when its lease has run out it is taken up again.
+            log.warning("cannot reach the ledger to end %s %s: %s", claim.kind, claim.step_id, error)
         finally:
             shutil.rmtree(step_dir, ignore_errors=True)
 
@@ -211,7 +218,11 @@ class Runner:
             if time.monotonic() - last_s < _PROGRESS_S or keeper.is_lost:
                 return
             last_s = time.monotonic()
-            work.report_progress(self._database, claim, message, fraction)
+            try:
+                work.report_progress(self._database, claim, message, fraction)
+            except _LEDGER_AWAY as error:
+                # The keeper judges how long the step may go on without the ledger.
+                log.warning("cannot report progress of %s %s: %s", claim.kind, claim.step_id, error)
 
         return report
 
