@@ -1,4 +1,4 @@
-"""`edgekiln convert` on the example, as a user types it: every file, every figure, then outside EdgeKiln, then again."""
+"""`edgekiln convert` on the example, as a user types it: every file, every figure, outside EdgeKiln, and again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.kiln import ROOT, clean_environment, find_processes
+from tests.acceptance.conftest import EXAMPLE, FORMATS, RECIPES, Conversion, Document, run_edgekiln
 
-EXAMPLE = ROOT / "examples" / "addition"
-RECIPES = ("none", "dynamic_int8", "dynamic_int4")
-FORMATS = ("tflite", "task", "litertlm")
 #: What a job's document holds at least.
 JOB_FIELDS = {"id", "state", "variants", "steps"}
 VARIANT_FIELDS = {"name", "engine", "recipe", "state", "error", "artifacts", "parity", "quality", "measurements"}
@@ -38,38 +34,17 @@ SHARED_KINDS = {"fetch", "reference", "convert", "quantize", "bundle", "verify"}
 #: Absolute, of 1: the accuracy that the two careful recipes may lose.
 _TWO_POINTS = 0.02
 
-Document = dict[str, Any]
 
-
-def run_edgekiln(folder: Path, *arguments: str) -> Document:
-    """Run a command with `--json` and return what it prints; it must end well and leave no process."""
-    command = [sys.executable, "-m", "service.cli", *arguments, "--json"]
-    environment = clean_environment(folder, {"data_dir": folder / "data"})
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert find_processes(folder) == {}
-    document: Document = json.loads(done.stdout)
-    return document
-
-
-def repeat(option: str, values: tuple[str, ...]) -> list[str]:
-    return [word for value in values for word in (option, value)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("convert")
-
-
-@pytest.fixture(scope="module")
-def arguments(folder: Path) -> list[str]:
-    return ["convert", str(EXAMPLE), "-o", str(folder / "out"), *repeat("--recipe", RECIPES), *repeat("--format", FORMATS)]
-
-
-@pytest.fixture(scope="module")
-def job(folder: Path, arguments: list[str]) -> Document:
+@pytest.fixture
+def job(conversion: Conversion) -> Document:
     """The first conversion."""
-    return run_edgekiln(folder, *arguments)
+    return conversion.job
+
+
+@pytest.fixture
+def folder(conversion: Conversion) -> Path:
+    """Where it ran."""
+    return conversion.folder
 
 
 def each_artifact(job: Document) -> list[tuple[Document, Document]]:
@@ -141,7 +116,7 @@ def test_files_are_what_the_document_says(job: Document, folder: Path) -> None:
 
 
 def test_bundles_answer_outside_edgekiln(job: Document, folder: Path) -> None:
-    """The published files answer sums in `litert-lm` itself; two of nine would be luck."""
+    """The published files add in `litert_lm` itself."""
     for variant, artifact in each_artifact(job):
         if artifact["kind"] == "tflite" or variant["recipe"] == "dynamic_int4":
             continue
@@ -151,7 +126,10 @@ def test_bundles_answer_outside_edgekiln(job: Document, folder: Path) -> None:
 ASK = """
 import sys
 import litert_lm
-with litert_lm.Engine(sys.argv[1]) as engine, engine.create_session(apply_prompt_template=False) as session:
+with (
+    litert_lm.Engine(sys.argv[1], cache_dir=sys.argv[3]) as engine,
+    engine.create_session(apply_prompt_template=False) as session,
+):
     session.run_prefill([sys.argv[2]])
     print(session.run_decode().texts[0])
 """
@@ -160,14 +138,14 @@ with litert_lm.Engine(sys.argv[1]) as engine, engine.create_session(apply_prompt
 def ask_outside(folder: Path, artifact: Path, prompt: str) -> str:
     """Return what a bundle answers to a bare prompt, in a process where EdgeKiln cannot be imported."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-P", "-c", ASK, str(artifact), prompt]
+    command = [sys.executable, "-P", "-c", ASK, str(artifact), prompt, str(folder / "tmp")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[0].strip()
 
 
-def test_the_same_again_reuses_all_shared_work(job: Document, folder: Path, arguments: list[str]) -> None:
-    again = run_edgekiln(folder, *arguments)
+def test_the_same_again_reuses_all_shared_work(conversion: Conversion, job: Document, folder: Path) -> None:
+    again = run_edgekiln(folder, *conversion.arguments)
     assert again["state"] == "succeeded"
     assert again["id"] != job["id"]
     assert {step["kind"]: step["reused"] for step in again["steps"]} == {

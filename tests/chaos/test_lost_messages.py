@@ -21,14 +21,14 @@ class MessageEater:
     """Deletes whatever the embedded broker holds, again and again."""
 
     def __init__(self, kiln: Kiln) -> None:
-        self.folder = kiln.data_dir / "broker" / "messages"
+        self.folder = kiln.data_dir / "broker"
         self.eaten = 0
         self._is_full = threading.Event()
         self._thread = threading.Thread(target=self._eat)
 
     def _eat(self) -> None:
         while not self._is_full.wait(_EATEN_EVERY_S):
-            for path in self.folder.iterdir():
+            for path in self.folder.glob("*/[0-9]*"):
                 try:
                     path.unlink()
                 except FileNotFoundError:  # a worker was faster
