@@ -125,7 +125,9 @@ class Kiln:
         self.data_dir = folder / "data"
         self.settings = {**IMPATIENT, **settings, "data_dir": self.data_dir}
         self.environment = clean_environment(folder, self.settings)
-        self._command = [sys.executable, "-m", "service.cli", "up", "--port", "0", "--source-root", str(source_root)]
+        #: How the command is called.
+        self.program = [sys.executable, "-m", "service.cli"]
+        self._arguments = ["up", "--port", "0", "--source-root", str(source_root)]
         self._output = folder / "up.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._others: list[subprocess.Popen[bytes]] = []
@@ -139,7 +141,7 @@ class Kiln:
         start = self._output.stat().st_size if self._output.exists() else 0
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
-                self._command, env=self.environment, cwd=self.folder, stdout=output, stderr=output
+                [*self.program, *self._arguments], env=self.environment, cwd=self.folder, stdout=output, stderr=output
             )
 
         def read_url() -> str | None:
