@@ -6,7 +6,9 @@ modules of this room; knows nothing about what the fields mean.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +17,8 @@ from service.errors import CheckpointInvalid
 
 #: Nesting beyond this has no honest use in a checkpoint.
 MAX_DEPTH = 64
+#: What Python starts with.
+_RECURSION_LIMIT = 1000
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
@@ -46,7 +50,8 @@ def parse_json(data: bytes | str, name: str) -> Any:
 
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(text, object_pairs_hook=build, parse_constant=refuse_constant)
+        with _python_recursion_limit():
+            return json.loads(text, object_pairs_hook=build, parse_constant=refuse_constant)
     except RecursionError:
         raise CheckpointInvalid(f"{name} is nested too deeply.", file=name) from None
     except UnicodeDecodeError:
@@ -54,6 +59,17 @@ def parse_json(data: bytes | str, name: str) -> Any:
     except ValueError as error:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise CheckpointInvalid(f"{name} is not JSON{where}; it may be truncated.", file=name) from None
+
+
+@contextlib.contextmanager
+def _python_recursion_limit() -> Iterator[None]:
+    """Parse under Python's own limit: converters raise it so far that nesting would overflow the C stack instead."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(min(limit, _RECURSION_LIMIT))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def read_json_object(path: Path, limit_bytes: int) -> dict[str, Any]:
