@@ -18,6 +18,8 @@ from typing import NoReturn
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 
 def give_up(reason: str) -> NoReturn:
@@ -89,7 +91,7 @@ def redis_url() -> Iterator[str]:
 
 def _wait_for_redis(server: subprocess.Popen[bytes], port: int) -> None:
     give_up_at = time.monotonic() + 30
-    with redis.Redis(port=port, retry=None) as client:
+    with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
         while True:
             try:
                 client.ping()

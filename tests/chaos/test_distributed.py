@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from sqlalchemy import insert
+from sqlalchemy import create_engine, insert, select
 
-from service.ledger.database import Database
 from service.ledger.tables import Base
 from tests.chaos.conftest import Fire
-from tests.kiln import check_published_once, check_store, find_processes, read_rows, wait_for
+from tests.kiln import check_published_once, check_store, find_processes, wait_for
 from tests.services import redis_url
 
 
@@ -26,17 +25,13 @@ def broker_url() -> Iterator[str]:
 
 def copy_ledger(source_url: str, target_url: str) -> None:
     """Copy every row of a ledger into an empty one of another database."""
-    source, target = Database(source_url), Database(target_url)
-    try:
-        for mapper in sorted(Base.registry.mappers, key=lambda mapper: _TABLES.index(mapper.local_table.name)):
-            if rows := read_rows(source, mapper.class_):
-                target.write(lambda tx, table=mapper.local_table, rows=rows: tx.connection.execute(insert(table), rows))
-    finally:
-        source.close()
-        target.close()
-
-
-_TABLES = [table.name for table in Base.metadata.sorted_tables]
+    source, target = create_engine(source_url), create_engine(target_url)
+    with source.connect() as reader, target.begin() as writer:
+        for table in Base.metadata.sorted_tables:
+            if rows := [dict(row) for row in reader.execute(select(table)).mappings()]:
+                writer.execute(insert(table), rows)
+    source.dispose()
+    target.dispose()
 
 
 def test_a_job_survives_its_worker_and_every_message_on_postgresql_and_redis(

@@ -101,8 +101,9 @@ def test_a_full_disk_fails_the_step_and_a_retry_succeeds_when_there_is_space(
 
 
 def find_failed(job: Document) -> Document:
-    (failed,) = (step for step in job["steps"] if step["state"] == "failed")
-    return failed
+    failed: list[Document] = [step for step in job["steps"] if step["state"] == "failed"]
+    assert len(failed) == 1
+    return failed[0]
 
 
 @pytest.mark.parametrize("kiln", [1000], indirect=True)

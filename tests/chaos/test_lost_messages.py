@@ -12,7 +12,7 @@ from tests.kiln import Kiln, check_published_once, wait_for
 
 _NEVER_S = 3600
 #: The worker looks for messages every 0.1 s: most are gone by then.
-_EATEN_EVERY_S = 0.02
+_EATEN_EVERY_S = 0.04
 #: How long the control is watched. Every sweep but the first is off; no time could change the outcome.
 _WATCHED_S = 3.0
 
