@@ -82,7 +82,7 @@ def test_bundle_with_another_graph_is_not_verified(
     graph = bundle_reader.extract_graph(reauthored_workshop.bundle("none", kind), kind)
     content[content.index(graph[-4096:].tobytes()) + 4095] ^= 1
     path.write_bytes(content)
-    with pytest.raises(VerificationFailed, match="differs from the verified one near byte"):
+    with pytest.raises(VerificationFailed, match="differs from the verified one at byte"):
         prove(reauthored_workshop, answers, tmp_path, kind, bundle=tmp_path)
 
 

@@ -51,10 +51,13 @@ class Example:
         return gates.merge_figures([figures])
 
     def measure_bundle(self, bundle_dir: Path, bundle_format: str) -> dict[str, Any]:
-        """Verify a bundle of the float graph; returns merged figures."""
+        """Verify the float graph and a bundle of it; returns merged figures."""
         inputs = {"reference": self.reference, "quantize": self.workshop.quantize("none"), "bundle": bundle_dir}
-        figures = verify.run({"format": bundle_format, "recipe": "none", **LENGTHS}, inputs, bundle_dir, ignore)
-        return gates.merge_figures([figures])
+        figures = [
+            verify.run({"format": kind, "recipe": "none", **LENGTHS}, inputs, bundle_dir, ignore)
+            for kind in ("tflite", bundle_format)
+        ]
+        return gates.merge_figures(figures)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from service.errors import BundleFailed, VerificationFailed
 from workers.convert.bundle_reader import extract_graph
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 24
 
 
 def require_same_graph(bundle: Path, graph: Path) -> None:
@@ -25,11 +27,14 @@ def require_same_graph(bundle: Path, graph: Path) -> None:
             f"The graph inside {bundle.name} has {len(inside)} bytes, the verified one {size_bytes}.",
             file=bundle.name,
         )
-    with graph.open("rb") as outside:
-        for offset in range(0, size_bytes, _BLOCK_BYTES):
-            if inside[offset : offset + _BLOCK_BYTES] != outside.read(_BLOCK_BYTES):
-                raise VerificationFailed(
-                    f"The graph inside {bundle.name} differs from the verified one near byte {offset}.",
-                    file=bundle.name,
-                    offset_bytes=offset,
-                )
+    held = np.frombuffer(inside, dtype=np.uint8)
+    verified = np.memmap(graph, dtype=np.uint8, mode="r")
+    for start in range(0, size_bytes, _BLOCK_BYTES):
+        differs = held[start : start + _BLOCK_BYTES] != verified[start : start + _BLOCK_BYTES]
+        if differs.any():
+            offset = start + int(differs.argmax())
+            raise VerificationFailed(
+                f"The graph inside {bundle.name} differs from the verified one at byte {offset}.",
+                file=bundle.name,
+                offset_bytes=offset,
+            )

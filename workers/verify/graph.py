@@ -35,7 +35,7 @@ class Graph:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Open `path`; raises `VerificationFailed` when it does not load or its signatures are not understood."""
         try:
-            self._interpreter = Interpreter(model_path=str(path), num_threads=threads or os.cpu_count() or 1)
+            self._interpreter = Interpreter(model_path=str(path), num_threads=threads or count_cores())
             names = list(self._interpreter.get_signature_list())
             self._runners = {name: self._interpreter.get_signature_runner(name) for name in names}
         except (ValueError, RuntimeError) as error:
@@ -55,6 +55,8 @@ class Graph:
         self._require_known_inputs(path)
         self.context_length = self._read_context_length(path)
         self.caches: Arrays = {}
+        #: The tokens whose keys and values the caches hold, from position 0 on.
+        self._held: list[int] = []
         self.reset()
 
     @property
@@ -70,6 +72,7 @@ class Graph:
     def reset(self) -> None:
         """Forget everything: caches of zeros."""
         details = self._inputs["decode"]
+        self._held = []
         self.caches = {
             name: np.zeros(detail["shape"], dtype=detail["dtype"])
             for name, detail in details.items()
@@ -93,10 +96,14 @@ class Graph:
         return outputs["logits"].reshape(-1).astype(np.float32)
 
     def generate(self, tokens: Sequence[int], limit_tokens: int, stop_tokens: frozenset[int]) -> Generation:
-        """Continue `tokens` greedily, by at most `limit_tokens`, a stop token included."""
-        self.reset()
-        if len(tokens) > 1:
-            self.prefill(tokens[:-1])
+        """Continue `tokens` greedily, by at most `limit_tokens`, a stop token included.
+
+        What the caches already hold of `tokens` is not computed again, if it is all but the last.
+        """
+        before = list(tokens[:-1])
+        if self._held[: len(before)] != before:
+            self.reset()
+            self.prefill(before)
         generated: list[int] = []
         margins: list[float] = []
         token = tokens[-1]
@@ -138,6 +145,7 @@ class Graph:
                 f"The signature {signature} fails at position {start}: {error}", signature=signature, position=start
             ) from error
         self.caches.update({name: value for name, value in outputs.items() if name in self.caches})
+        self._held[start:] = [int(token) for token in tokens]
         return outputs
 
     def _find_prefills(self) -> dict[int, str]:
@@ -173,6 +181,11 @@ class Graph:
         if not shapes:
             raise VerificationFailed(f"The signature decode of {path.name} has no KV cache.", file=path.name)
         return max(set.intersection(*shapes))
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def build_mask(detail: dict[str, Any], start: int, count: int) -> npt.NDArray[Any]:

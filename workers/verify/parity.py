@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from service.errors import VerificationFailed
 from workers.steps import Progress
@@ -33,15 +34,18 @@ def require_stated_settings(graph: Graph, context_length: int, prefill_lengths: 
         )
 
 
-def answer_cases(graph: Graph, cases: Sequence[probe.Case], progress: Progress) -> probe.Floats:
+def answer_cases(graph: Graph, cases: Sequence[probe.Case], progress: Progress, share: float = 0.6) -> probe.Floats:
     """Return the graph's logits at the compared positions of all cases, in order: float32 [positions, vocab].
+
+    The graph keeps what the last case fed it. `share` is that of the step's time, for `progress`.
 
     Prefill signatures return no logits: what they computed shows in the decode steps that follow. Raises
     `VerificationFailed` that names signature and position when a logit is not finite.
     """
     rows: list[probe.Floats] = []
     for number, case in enumerate(cases):
-        progress(f"parity of {case.name}", 0.05 + 0.6 * number / len(cases))
+        if number % 8 == 0:
+            progress("logits on the probe", 0.05 + share * number / len(cases))
         graph.reset()
         if case.prefill_tokens:
             graph.prefill(case.tokens[: case.prefill_tokens], case.prefill_length)
@@ -59,9 +63,12 @@ def answer_cases(graph: Graph, cases: Sequence[probe.Case], progress: Progress) 
 
 def compare_cases(cases: Sequence[probe.Case], source: probe.Floats, artifact: probe.Floats) -> dict[str, Any]:
     """Return parity figures over all rows, and under `per_signature` those of each signature's own rows."""
-    owners = np.array([case.name for case in cases for _ in case.positions])
     figures: dict[str, Any] = dict(probe.compare_logits(source, artifact))
-    figures["per_signature"] = {
-        name: probe.compare_logits(source[owners == name], artifact[owners == name]) for name in dict.fromkeys(owners)
-    }
+    rows = {name: find_rows(cases, name) for name in dict.fromkeys(case.name for case in cases)}
+    figures["per_signature"] = {name: probe.compare_logits(source[own], artifact[own]) for name, own in rows.items()}
     return figures
+
+
+def find_rows(cases: Sequence[probe.Case], name: str) -> npt.NDArray[np.bool_]:
+    """Return which of all cases' rows belong to the cases of one name."""
+    return np.array([case.name == name for case in cases for _ in case.positions])

@@ -32,25 +32,31 @@ TEXTS: tuple[str, ...] = (
 #: Prompts whose greedy continuation is compared token by token.
 PROMPTS: tuple[str, ...] = ("The harbour was", "12+7=", "def area(", "Q: Which month follows March?\nA:")
 
-#: Tokens left free for generation behind the prompts that nearly fill the context.
-LONG_PROMPT_FREE_TOKENS = (8, 1)
+#: Tokens left free for generation behind the prompt that nearly fills the context.
+LONG_PROMPT_FREE_TOKENS = 8
 
 #: A source is sure where it finds its best token at least twice as likely as the second: a margin in nats.
 SURE_MARGIN = math.log(2.0)
 
 #: Rows compared after each prefill chunk and at the end of the context.
 WINDOW_ROWS = 8
-#: Longest sequence that is fed through `decode` alone, in tokens.
-SHORT_TOKENS = 16
-#: How many sequences are fed through `decode` alone.
-SHORT_SEQUENCES = 6
+#: Most rows of one short sequence; also the longest sequence that is fed through `decode` alone, in tokens.
+SHORT_TOKENS = 12
+#: Texts fed through `decode` alone; beside an evaluation fewer, as they may be nothing the model was made for.
+TEXT_SEQUENCES, TEXT_SEQUENCES_BESIDE_EVALUATION = 6, 2
+#: Evaluation sequences fed through `decode` alone.
+DECODED_EVALUATION_SEQUENCES = 2
+#: Evaluation prompts whose answers are compared row by row; enough to be most of all rows.
+EVALUATION_SEQUENCES = 40
+#: Evaluation pairs that the text of the long prompt repeats.
+LONG_PROMPT_PAIRS = 64
 
 
 @dataclass(frozen=True)
 class Case:
     """One teacher-forced run: some tokens are prefilled, the rest goes through `decode` one by one."""
 
-    #: Which figure the case counts for: `decode`, a prefill signature or `context_end`.
+    #: Which figure the case counts for: `decode`, `evaluation`, a prefill signature or `context_end`.
     name: str
     #: All tokens of the sequence, those of the prefill first.
     tokens: Tokens
@@ -86,41 +92,64 @@ class Generation:
     stopped: bool
 
 
-def build_cases(
-    encode: Callable[[str], Tokens],
-    evaluation: Sequence[tuple[str, str]],
-    prefill_lengths: Iterable[int],
-    context_length: int,
+@dataclass(frozen=True)
+class Window:
+    """Rows to compare somewhere in the long sequence that fills the context."""
+
+    name: str
+    #: Token positions; what stands before the first is prefilled.
+    positions: range
+    #: As in `Case`.
+    prefill_length: int | None
+
+
+def build_short_cases(
+    encode: Callable[[str], Tokens], evaluation: Sequence[tuple[str, str]], context_length: int
 ) -> list[Case]:
-    """Return the probe of one checkpoint: the same inputs give the same cases.
+    """Return the cases that do not depend on the context: the same inputs give the same cases.
 
-    `encode` maps text to token ids as the source's tokenizer does; `evaluation` holds (prompt, answer) pairs.
-    Each prefill length is exercised twice, with a full chunk and with a padded one, each followed by up to
-    `WINDOW_ROWS` decoded positions; the last case ends exactly at the last position of the context.
+    `encode` maps text to token ids as the source's tokenizer does; `evaluation` holds (prompt, answer) pairs. Where
+    there are any, most rows predict their answers: on other text a model trained for one purpose answers noise,
+    and the distance between two kinds of noise says little.
     """
-    short = [encode(prompt + answer) for prompt, answer in evaluation[: SHORT_SEQUENCES // 2]]
-    short += [encode(text) for text in TEXTS]
-    sequences = [tokens[: min(SHORT_TOKENS, context_length)] for tokens in short if len(tokens) > 1]
-    cases = [Case("decode", tokens, 0, None) for tokens in sequences[:SHORT_SEQUENCES]]
-
-    long = fill_context(encode, evaluation, context_length)
-    for length in sorted(set(prefill_lengths)):
-        full = min(length, context_length - 1)
-        for count in sorted({full, max(1, full // 2 + 1)}):
-            end = min(count + WINDOW_ROWS, context_length)
-            cases.append(Case(f"prefill_{length}", long[:end], count, length))
-    start = max(context_length - WINDOW_ROWS, 0)
-    cases.append(Case("context_end", long, start, None))
+    limit = min(SHORT_TOKENS, context_length)
+    texts = TEXTS[: TEXT_SEQUENCES_BESIDE_EVALUATION if evaluation else TEXT_SEQUENCES]
+    decoded = [prompt + answer for prompt, answer in evaluation[:DECODED_EVALUATION_SEQUENCES]]
+    sequences = [encode(text)[:limit] for text in (*decoded, *texts)]
+    cases = [Case("decode", tokens, 0, None) for tokens in sequences if len(tokens) > 1]
+    for prompt, answer in evaluation[:EVALUATION_SEQUENCES]:
+        tokens = encode(prompt + answer)
+        # A tokenizer may join the end of the prompt with the answer.
+        pairs = enumerate(zip(encode(prompt), tokens, strict=False))
+        shared = next((place for place, (one, other) in pairs if one != other), min(len(encode(prompt)), len(tokens)))
+        start = max(shared - 1, 0)
+        if start < len(tokens) <= context_length:
+            cases.append(Case("evaluation", tokens[: start + SHORT_TOKENS], start, None))
     return cases
 
 
-def fill_context(encode: Callable[[str], Tokens], evaluation: Sequence[tuple[str, str]], context_length: int) -> Tokens:
-    """Return exactly `context_length` tokens of probe text, repeated as often as it takes."""
-    text = "\n".join([*TEXTS, *(prompt + answer for prompt, answer in evaluation[:8])]) + "\n"
-    tokens = encode(text)
-    if not tokens:
-        raise ValueError("The tokenizer yields no token for any probe text.")
-    return (tokens * (context_length // len(tokens) + 1))[:context_length]
+def plan_windows(prefill_lengths: Iterable[int], prompt_tokens: int, context_length: int) -> list[Window]:
+    """Return which rows of the long sequence are compared.
+
+    Each prefill length is exercised twice, with a full chunk and with a padded one, each followed by up to
+    `WINDOW_ROWS` decoded positions. The last window begins where the long prompt of `prompt_tokens` ends, so that it
+    shows what is generated there, and ends exactly at the last position of the context.
+    """
+    windows = []
+    for length in sorted(set(prefill_lengths)):
+        full = min(length, context_length - 1)
+        for start in sorted({full, max(1, full // 2 + 1)}):
+            positions = range(start, min(start + WINDOW_ROWS, context_length))
+            windows.append(Window(f"prefill_{length}", positions, length))
+    return [*windows, Window("context_end", range(max(prompt_tokens - 1, 0), context_length), None)]
+
+
+def build_long_cases(long: Tokens, windows: Sequence[Window]) -> list[Case]:
+    """Return the windows over the tokens that fill the context as cases; `context_end` is the last."""
+    return [
+        Case(window.name, long[: window.positions.stop], window.positions.start, window.prefill_length)
+        for window in windows
+    ]
 
 
 def first_line(text: str) -> str:
@@ -128,9 +157,14 @@ def first_line(text: str) -> str:
     return text.partition("\n")[0].strip()
 
 
-def fit_text(encode: Callable[[str], Tokens], limit_tokens: int) -> str:
-    """Return probe text of exactly `limit_tokens` tokens where characters allow it, never more."""
-    base = " ".join(TEXTS[:2]) + " "
+def write_long_text(evaluation: Sequence[tuple[str, str]]) -> str:
+    """Return what the long prompt repeats: the first evaluation pairs, else plain text that most tokenizers know."""
+    return " ".join([prompt + answer for prompt, answer in evaluation[:LONG_PROMPT_PAIRS]] or TEXTS[:2])
+
+
+def fit_text(encode: Callable[[str], Tokens], limit_tokens: int, base: str) -> str:
+    """Return `base`, repeated and cut: exactly `limit_tokens` tokens where characters allow it, never more."""
+    base += " "
     tokens_each = max(1, len(encode(base)) // 2)
     text = base * (max(1, limit_tokens) // tokens_each + 1)
     low, high = 1, len(text)

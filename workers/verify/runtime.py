@@ -18,6 +18,8 @@ from workers.verify.generation import Answer
 
 litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
 
+#: The runtime's own word: packed weights stay in memory, as they would be written for one use only.
+_NO_CACHE = ":nocache"
 _GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
 
 
@@ -28,8 +30,8 @@ class _DecodeFailed(Exception):
 class Runtime:
     """A bundle, loaded by LiteRT-LM on the CPU; use as a context manager."""
 
-    def __init__(self, bundle: Path, cache_dir: Path, has_byte_fallback: bool, threads: int | None = None) -> None:
-        """Load `bundle`; caches go to `cache_dir`. Raises `VerificationFailed` when the runtime refuses it.
+    def __init__(self, bundle: Path, has_byte_fallback: bool, threads: int) -> None:
+        """Load `bundle`; no cache is written. Raises `VerificationFailed` when the runtime refuses it.
 
         `has_byte_fallback`: whether the source's tokenizer spells unknown characters as bytes; see `answer`.
         """
@@ -39,7 +41,7 @@ class Runtime:
             self._engine = litert_lm.Engine(
                 str(bundle),
                 litert_lm.Backend.CPU(thread_count=threads),
-                cache_dir=str(cache_dir),
+                cache_dir=_NO_CACHE,
                 enable_benchmark=True,
             )
         except RuntimeError as error:

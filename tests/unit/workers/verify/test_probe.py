@@ -7,6 +7,8 @@ import pytest
 
 from workers.verify import probe
 
+BASE = probe.write_long_text([])
+
 
 def encode(text: str) -> list[int]:
     """One token a character, behind a start token."""
@@ -85,11 +87,22 @@ def test_perplexity_looks_at_the_next_token_of_each_row() -> None:
     assert probe.measure_perplexity(logits, cases) == pytest.approx(1)
 
 
+def build_all(evaluation: list[tuple[str, str]], lengths: list[int], context_length: int) -> list[probe.Case]:
+    """Every case of a probe, with a long prompt that leaves eight tokens free."""
+    long = list(range(context_length))
+    windows = probe.plan_windows(lengths, context_length - 8, context_length)
+    return [*probe.build_short_cases(encode, evaluation, context_length), *probe.build_long_cases(long, windows)]
+
+
+def count_rows(cases: list[probe.Case], *names: str) -> int:
+    return sum(len(case.positions) for case in cases if case.name in names)
+
+
 @pytest.mark.parametrize("context_length", [32, 128, 1000])
 def test_probe_exercises_every_signature_up_to_the_last_position(context_length: int) -> None:
     lengths = [8, 32]
-    cases = probe.build_cases(encode, [("12+7=", "19")], lengths, context_length)
-    assert {case.name for case in cases} == {"decode", "prefill_8", "prefill_32", "context_end"}
+    cases = build_all([("12+7=", "19")], lengths, context_length)
+    assert {case.name for case in cases} == {"decode", "evaluation", "prefill_8", "prefill_32", "context_end"}
     assert all(case.positions and max(case.positions) < context_length for case in cases)
     assert all(len(case.tokens) <= context_length for case in cases)
     assert cases[-1].positions[-1] == context_length - 1
@@ -99,16 +112,50 @@ def test_probe_exercises_every_signature_up_to_the_last_position(context_length:
         assert min(counts) < length
 
 
+def test_end_of_the_context_shows_what_follows_the_long_prompt() -> None:
+    case = build_all([], [16], 256)[-1]
+    assert (case.name, case.positions) == ("context_end", range(247, 256))
+
+
 def test_probe_has_enough_positions_and_repeats_itself() -> None:
-    cases = probe.build_cases(encode, [], [16, 64], 256)
+    cases = build_all([], [16, 64], 256)
     assert 64 <= sum(len(case.positions) for case in cases) <= 160
-    assert cases == probe.build_cases(encode, [], [64, 16], 256)
+    assert cases == build_all([], [64, 16], 256)
     assert [probe.Case(**case.to_json()) for case in cases] == cases
 
 
-def test_evaluation_prompts_enter_the_probe() -> None:
-    cases = probe.build_cases(encode, [("12+7=", "19")], [16], 64)
+@pytest.mark.parametrize("lengths", [[128], [16, 64]])
+def test_most_positions_are_answers_where_there_is_an_evaluation(lengths: list[int]) -> None:
+    cases = build_all([(f"{n}+7=", str(n + 7)) for n in range(10, 90)], lengths, 256)
+    answers = count_rows(cases, "evaluation")
+    assert answers > sum(len(case.positions) for case in cases) / 2
+    assert count_rows(build_all([], lengths, 256), "evaluation") == 0
+
+
+def test_rows_of_an_evaluation_begin_at_the_last_token_of_the_prompt() -> None:
+    cases = build_all([("12+7=", "19")], [16], 64)
     assert cases[0].tokens == encode("12+7=19")
+    (answer,) = (case for case in cases if case.name == "evaluation")
+    assert (answer.tokens, answer.prefill_tokens) == (encode("12+7=19"), len(encode("12+7=")) - 1)
+
+
+def test_rows_of_an_evaluation_begin_before_a_token_that_joins_prompt_and_answer() -> None:
+    def encode_pairs(text: str) -> list[int]:
+        return [ord(text[place]) * 256 + ord(text[place + 1 : place + 2] or " ") for place in range(0, len(text), 2)]
+
+    (answer,) = (
+        case for case in probe.build_short_cases(encode_pairs, [("12+7=", "19")], 64) if case.name == "evaluation"
+    )
+    assert (len(answer.tokens), answer.prefill_tokens) == (4, 1)
+
+
+def test_evaluation_that_the_context_does_not_hold_is_no_case() -> None:
+    assert count_rows(probe.build_short_cases(encode, [("1" * 64, "2")], 64), "evaluation") == 0
+
+
+def test_long_text_is_of_the_evaluation_where_there_is_one() -> None:
+    assert probe.write_long_text([("1+1=", "2"), ("2+3=", "5")]) == "1+1=2 2+3=5"
+    assert probe.write_long_text([]).startswith(probe.TEXTS[0])
 
 
 @pytest.mark.parametrize(
@@ -128,14 +175,14 @@ def test_prompt_is_divided_as_the_runtime_divides_it(tokens: int, chunks: list[t
 
 @pytest.mark.parametrize("limit_tokens", [2, 17, 120, 999])
 def test_fitted_text_has_exactly_as_many_tokens_as_asked(limit_tokens: int) -> None:
-    assert len(encode(probe.fit_text(encode, limit_tokens))) == limit_tokens
+    assert len(encode(probe.fit_text(encode, limit_tokens, BASE))) == limit_tokens
 
 
 def test_fitted_text_never_has_more_tokens_than_asked() -> None:
     def encode_pairs(text: str) -> list[int]:
         return [0] * ((len(text) + 1) // 2 * 2)
 
-    assert len(encode_pairs(probe.fit_text(encode_pairs, 33))) == 32
+    assert len(encode_pairs(probe.fit_text(encode_pairs, 33, BASE))) == 32
 
 
 @pytest.mark.parametrize(("text", "line"), [("19", "19"), (" 19 \n20", "19"), ("\n19", ""), ("", "")])
