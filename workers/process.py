@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError
-from service.ledger import access, fleet, work
+from service.ledger import access, fleet, housekeeping, work
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.settings import Settings
@@ -60,11 +60,11 @@ class WorkerProcess:
             toolchain=toolchain,
             isolation=probe_isolation(),
         )
-        self.sandbox = Sandbox(PRELOADS, threads=cores)
         self._work_dir = WorkDir(settings.work_dir, self.worker_id)
-        store = open_configured_store(settings)
+        self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
+        self.store = open_configured_store(settings)
         self.runner = Runner(
-            settings, self.database, store, self.sandbox, self.worker_id, toolchain, cores, self._work_dir.path
+            settings, self.database, self.store, self.sandbox, self.worker_id, toolchain, cores, self._work_dir.path
         )
         self._closed = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
@@ -77,6 +77,12 @@ class WorkerProcess:
         """Claim nothing more and give running steps back; returns at once."""
         self.runner.shut_down()
         self._closed.set()
+
+    def prune(self) -> None:
+        """Remove what ledger and store need not keep: old bookkeeping, and remains of unfinished uploads."""
+        housekeeping.prune(self.database)
+        longest_s = max(self._settings.deadline_s(resource_class) for resource_class in self._settings.slots())
+        self.store.abort_stale_uploads(older_than_s=2 * longest_s)
 
     def close(self) -> None:
         """End the zygotes and give the connections back."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from celery import Celery
 
-from service.ledger import housekeeping
 from service.queue import PRUNE_TASK, RUN_TASK
 from workers.process import WorkerProcess
 
@@ -19,5 +18,5 @@ def register(app: Celery, process: WorkerProcess) -> None:
 
     @app.task(name=PRUNE_TASK, ignore_result=True)
     def prune() -> None:
-        """Remove what the ledger need not remember."""
-        housekeeping.prune(process.database)
+        """Remove what ledger and store need not keep."""
+        process.prune()

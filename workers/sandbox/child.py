@@ -47,6 +47,8 @@ class _Answers:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._lock = threading.Lock()
+        self._started_s = time.monotonic()
+        self._last_message: str | None = None
 
     def write(self, letter: str, document: Mapping[str, Any]) -> None:
         line = memoryview(f"{letter}{json.dumps(document, allow_nan=False)}\n".encode())
@@ -55,8 +57,11 @@ class _Answers:
                 line = line[os.write(self._fd, line) :]
 
     def report_progress(self, message: str, fraction: float | None = None) -> None:
-        """Pass progress on; the supervisor thins it out."""
+        """Pass progress on, thinned out by the supervisor, and say in the log what begins when."""
         share = None if fraction is None else min(1.0, max(0.0, float(fraction)))
+        if message != self._last_message:
+            self._last_message = message
+            print(f"[{time.monotonic() - self._started_s:8.2f} s] {str(message)[:_MESSAGE_LIMIT]}", flush=True)
         self.write("P", {"message": str(message)[:_MESSAGE_LIMIT], "fraction": share})
 
 

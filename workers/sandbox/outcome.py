@@ -132,7 +132,7 @@ def _find_error(
             deadline_s=limits.deadline_s,
         )
     if end.get("killed_for") == "memory":
-        return _describe_memory(end["peak_anon_bytes"], limits.memory_bytes or 0)
+        return _describe_memory(end["peak_anon_bytes"], limits.memory_bytes or 0, log_path)
     return _describe_crash(end, log_path)
 
 
@@ -154,12 +154,13 @@ def _describe_stop(reason: StopReason) -> EdgeKilnError:
     return StepCancelled("The step was cancelled; its child process was killed.")
 
 
-def _describe_memory(peak_bytes: int, limit_bytes: int) -> EdgeKilnError:
+def _describe_memory(peak_bytes: int, limit_bytes: int, log_path: Path) -> EdgeKilnError:
     return MemoryLimitExceeded(
         f"The step used {peak_bytes / _MIB:.0f} MiB of memory; its limit is {limit_bytes / _MIB:.0f} MiB. "
         "Raise the worker's memory limit, or use a smaller checkpoint or context.",
         peak_anon_bytes=peak_bytes,
         memory_bytes=limit_bytes,
+        log_tail=read_tail(log_path),
     )
 
 

@@ -72,7 +72,8 @@ class Sandbox:
     """Runs step functions in confined children; one per worker process, a context manager.
 
     `preloads` names for each pool the modules that its zygote imports once. `target_prefixes` bounds what may
-    be called. `threads` bounds the threads of numeric libraries in children (default: theirs).
+    be called. `threads` bounds the threads of numeric libraries in children (default: theirs). `home_root` is where
+    the zygotes' home folder is made (default: the system's place for temporary files).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Sandbox:
         threads: int | None = None,
         log_limit_bytes: int = _LOG_LIMIT_BYTES,
         target_prefixes: tuple[str, ...] = ("workers.",),
+        home_root: Path | None = None,
     ) -> None:
         self._preloads = {pool: tuple(modules) for pool, modules in preloads.items()}
         self._threads = threads
@@ -90,7 +92,7 @@ class Sandbox:
         self._zygotes: dict[str, _Zygote] = {}
         self._lock = threading.Lock()
         self._is_closed = False
-        self._home = tempfile.TemporaryDirectory(prefix="edgekiln-zygote-", ignore_cleanup_errors=True)
+        self._home = tempfile.TemporaryDirectory(prefix="edgekiln-zygote-", dir=home_root, ignore_cleanup_errors=True)
 
     def __enter__(self) -> Self:
         return self
