@@ -1,4 +1,4 @@
-"""Tiny random Llama checkpoints in the standard Hugging Face layout.
+"""Tiny random checkpoints in the standard Hugging Face layout, of any architecture that transformers has.
 
 Owns how tests make checkpoints: weights, norms, tokenizer and chat template are random or trained on a few
 lines, seeded, and written by `save_pretrained`. Equal arguments give equal bytes. Must not hold expectations
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 #: `byte_level`: Llama 3 style, every byte has a token. `metaspace`: Llama 2 style with byte fallback, as
-#: `tokenizer.json` only. `sentencepiece`: the same, with its `tokenizer.model` beside it.
-TokenizerKind = Literal["byte_level", "metaspace", "sentencepiece"]
+#: `tokenizer.json` only. `sentencepiece`: the same, with its `tokenizer.model` beside it. `unigram`: pieces with
+#: scores and byte fallback, as `tokenizer.json` only.
+TokenizerKind = Literal["byte_level", "metaspace", "sentencepiece", "unigram"]
 WeightsDtype = Literal["bfloat16", "float16", "float32"]
 
 UNKNOWN_TOKEN, BOS_TOKEN, EOS_TOKEN = "<unk>", "<s>", "</s>"
@@ -45,6 +47,12 @@ LLAMA3_ROPE_SCALING: dict[str, Any] = {
 #: Llama 2 wrote every byte that no piece covers as one of these.
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
+#: Parts of the names of embeddings, and ends of the names of matrices that lie as [inputs, outputs].
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "wpe")
+_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+#: Architectures that store norms as a difference from one.
+_NORMS_FROM_ONE = ("Gemma", "Qwen3_5")
+
 _CORPUS = (
     "The kiln is hot and the clay is wet. A model that was not run is not published.",
     "12+7=19 34+58=92 0 1 2 3 4 5 6 7 8 9 100 2024",
@@ -68,10 +76,12 @@ def write_checkpoint(
     vocabulary_size: int = 512,
     chat_template: str | None = CHAT_TEMPLATE,
     evaluation: list[tuple[str, str]] | None = None,
+    architecture: str = "LlamaForCausalLM",
 ) -> Path:
-    """Write a random Llama checkpoint with its tokenizer into `folder` and return `folder`.
+    """Write a random checkpoint with its tokenizer into `folder` and return `folder`.
 
-    `config` overrides fields of `LlamaConfig` (2 layers, hidden 64, 4 heads, 2 key-value heads, context 256).
+    `config` overrides fields of the architecture's config (2 layers, hidden 64, 4 heads, 2 key-value heads, context
+    256, embeddings not tied).
     `shard_size` such as "50KB" splits the weights into several files with an index. `vocabulary_size` is the
     tokenizer's; the model has the same unless `config` says otherwise. `evaluation` holds (prompt, answer)
     pairs for `evaluation.jsonl`.
@@ -79,7 +89,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, vocabulary_size, chat_template)
-    model = build_model(config, seed=seed, vocabulary_size=vocabulary_size)
+    model = build_model(config, seed=seed, vocabulary_size=vocabulary_size, architecture=architecture)
     model = model.to(getattr(torch, dtype))
     if shard_size is None:
         model.save_pretrained(folder)
@@ -92,9 +102,13 @@ def write_checkpoint(
 
 
 def build_model(
-    config: Mapping[str, Any] | None = None, *, seed: int = 0, vocabulary_size: int = 512
-) -> LlamaForCausalLM:
-    """Return a float32 Llama with random weights, norms and biases, none of which a converter can fold away.
+    config: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    vocabulary_size: int = 512,
+    architecture: str = "LlamaForCausalLM",
+) -> PreTrainedModel:
+    """Return a float32 model with random weights, norms and biases, none of which a converter can fold away.
 
     Matrices are scaled to keep activations near unit variance, so that logits differ clearly and greedy
     decoding has few near-ties.
@@ -115,24 +129,30 @@ def build_model(
     settings.update(config or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model_class = getattr(transformers, architecture)
+        model = model_class(model_class.config_class(**settings))
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
+            offset = 1.0 if architecture.startswith(_NORMS_FROM_ONE) else 0.0
             for name, parameter in model.named_parameters():
-                _randomise(name, parameter, generator)
+                _randomise(name, parameter, generator, offset)
     return model.eval()
 
 
-def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-    """Fill one parameter in place: norms around one, biases around zero, matrices with unit gain."""
+def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator, offset: float) -> None:
+    """Fill one parameter in place: norms around one, biases around zero, matrices with unit gain.
+
+    `offset` is what the model adds to the weights of its norms.
+    """
     if parameter.ndim == 1 and name.endswith("weight"):
-        parameter.uniform_(0.5, 1.5, generator=generator)
+        parameter.uniform_(0.5 - offset, 1.5 - offset, generator=generator)
     elif parameter.ndim == 1:
         parameter.uniform_(-0.2, 0.2, generator=generator)
-    elif "embed_tokens" in name:
+    elif any(each in name for each in _EMBEDDINGS):
         parameter.normal_(0.0, 0.5, generator=generator)
     else:
-        parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
+        inputs = parameter.shape[0] if name.endswith(_TRANSPOSED) else parameter.shape[1]
+        parameter.normal_(0.0, 1.5 / inputs**0.5, generator=generator)
 
 
 def write_tokenizer(
@@ -140,7 +160,8 @@ def write_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of exactly `vocabulary_size` tokens on a few fixed lines and write its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    backend = _train_byte_level(vocabulary_size) if kind == "byte_level" else _train_metaspace(vocabulary_size)
+    train = {"byte_level": _train_byte_level, "unigram": _train_unigram}.get(kind, _train_metaspace)
+    backend = train(vocabulary_size)
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A",
         pair=f"{BOS_TOKEN} $A {BOS_TOKEN} $B",
@@ -194,6 +215,31 @@ def _train_metaspace(vocabulary_size: int) -> Tokenizer:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return _require_size(backend, vocabulary_size)
+
+
+def _train_unigram(vocabulary_size: int) -> Tokenizer:
+    """Score the pieces that the corpus yields; the shortest of its substrings make up the number."""
+    splitter = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = splitter
+    trainer = trainers.UnigramTrainer(vocab_size=vocabulary_size, unk_token=UNKNOWN_TOKEN, show_progress=False)
+    trained.train_from_iterator(_CORPUS, trainer)
+    scores = dict.fromkeys([*SPECIAL_TOKENS, *_BYTE_TOKENS], 0.0)
+    room = vocabulary_size - len(scores)
+    pieces = sorted(json.loads(trained.to_str())["model"]["vocab"], key=lambda item: (-item[1], item[0]))
+    scores.update([(piece, score) for piece, score in pieces if piece not in scores][:room])
+    text = "▁".join(_CORPUS).replace(" ", "▁").replace("\n", "▁")
+    for size in (2, 3, 4):
+        for start in range(len(text) - size):
+            if len(scores) < vocabulary_size:
+                scores.setdefault(text[start : start + size], -20.0 - size)
+    backend = Tokenizer(models.Unigram(list(scores.items()), SPECIAL_TOKENS.index(UNKNOWN_TOKEN), byte_fallback=True))
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")]
     )
     return _require_size(backend, vocabulary_size)
 

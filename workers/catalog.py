@@ -86,7 +86,7 @@ CATALOG: Mapping[str, StepCode] = {
         "convert",
         (
             "convert/convert.py",
-            "convert/reauthored.py",
+            "convert/reauthored*.py",
             "convert/traced.py",
             "convert/weights.py",
             "convert/toolfixes.py",

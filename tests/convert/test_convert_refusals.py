@@ -52,8 +52,8 @@ def test_an_unknown_engine_is_refused_with_the_nearest(tiny_checkpoint: Path, tm
 
 
 def test_an_unknown_architecture_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = write_config(tmp_path / "other", tiny_checkpoint, architectures=["GPT2LMHeadModel"])
-    with pytest.raises(ArchitectureUnsupported, match="GPT2LMHeadModel"):
+    folder = write_config(tmp_path / "other", tiny_checkpoint, architectures=["MambaForCausalLM"])
+    with pytest.raises(ArchitectureUnsupported, match="MambaForCausalLM"):
         run(folder, tmp_path)
 
 

@@ -1,13 +1,15 @@
 """Streaming of safetensors into a torch module's parameters.
 
 Owns reading tensors one at a time, from one file or from shards with an index, in bfloat16, float16 or
-float32, as float32. Knows no architecture. Called by `workers.convert.reauthored`.
+float32, as float32. Knows no architecture: which names a shape expects it is told. Called by
+`workers.convert.reauthored`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +28,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class CheckpointTensors:
     """The named tensors of a checkpoint folder; a context manager that holds its files open (mapped, not read)."""
 
-    def __init__(self, checkpoint_dir: Path) -> None:
+    def __init__(
+        self, checkpoint_dir: Path, complete_names: Callable[[Iterable[str]], dict[str, str]] | None = None
+    ) -> None:
+        """`complete_names` returns the stored name of each tensor by the name that it is asked for with."""
         self._dir = checkpoint_dir
+        self._complete_names = complete_names
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
         self._unused: set[str] = set()
 
     def __enter__(self) -> CheckpointTensors:
@@ -39,7 +46,9 @@ class CheckpointTensors:
         except BaseException:
             self._stack.close()
             raise
-        self._unused = set(self._file_of)
+        complete = self._complete_names or (lambda names: {name: name for name in names})
+        self._stored = complete(self._file_of)
+        self._unused = set(self._stored)
         return self
 
     def __exit__(
@@ -68,7 +77,7 @@ class CheckpointTensors:
             self._file_of[tensor] = handle
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def read(self, name: str, shape: Iterable[int]) -> torch.Tensor:
         """Return one tensor as float32 of exactly `shape`.
@@ -76,9 +85,9 @@ class CheckpointTensors:
         Raises `CheckpointInvalid` when it is missing, has another shape, another dtype than bfloat16, float16 or
         float32, or holds NaN or infinity.
         """
-        if name not in self._file_of:
+        if name not in self._stored:
             raise CheckpointInvalid(f"The weights hold no tensor {name!r}, which config.json demands.", tensor=name)
-        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        tensor: torch.Tensor = self._file_of[self._stored[name]].get_tensor(self._stored[name])
         expected = tuple(shape)
         if tuple(tensor.shape) != expected:
             raise CheckpointInvalid(
@@ -95,9 +104,9 @@ class CheckpointTensors:
         self._unused.discard(name)
         return values
 
-    def require_all_used(self, ignorable_suffixes: tuple[str, ...]) -> None:
-        """Raise `CheckpointInvalid` if a tensor was never read, unless its name ends in an ignorable suffix."""
-        left = sorted(self._iterate_unused(ignorable_suffixes))
+    def require_all_used(self, ignorable: re.Pattern[str]) -> None:
+        """Raise `CheckpointInvalid` if a tensor was never read, unless its whole name is ignorable."""
+        left = sorted(name for name in self._unused if not ignorable.fullmatch(name))
         if left:
             named = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
             raise CheckpointInvalid(
@@ -105,6 +114,3 @@ class CheckpointTensors:
                 "do not belong together.",
                 tensors=left,
             )
-
-    def _iterate_unused(self, ignorable_suffixes: tuple[str, ...]) -> Iterator[str]:
-        return (name for name in self._unused if not name.endswith(ignorable_suffixes))

@@ -14,8 +14,9 @@ from typing import Any
 
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from workers.convert.architectures import DecoderShape, Family, find_family
+from workers.convert.architectures.parameters import complete_names, find_embedding, find_output
 from workers.fetch.chat_template import list_templates, try_template
-from workers.fetch.decoder_weights import OUTPUT_LAYER, require_bounds
+from workers.fetch.decoder_weights import require_bounds
 from workers.fetch.needed_files import SourceFile, choose_needed
 from workers.fetch.safetensors_header import TensorEntry
 from workers.fetch.strict_json import parse_json, read_bounded, read_json_object
@@ -72,15 +73,16 @@ def read_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
         )
     has_evaluation = _read_evaluation(folder / EVALUATION_FILE)
     headers = read_headers(folder)
-    tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
-    weights = require_weights(shape, tensors)
+    entries = {tensor.name: tensor for header in headers for tensor in header.tensors}
+    stored = complete_names(shape, entries)
+    weights = require_weights(shape, {name: entries[written] for name, written in stored.items()})
     templates = list_templates(folder, tokenizer_config)
     for place, template in templates.items():
         progress(f"trying the chat template in {place}", None)
         try_template(place, template, tokenizer_config)
     require_finite(headers, progress)
-    if shape.tied_embeddings and OUTPUT_LAYER in tensors:
-        require_tied(headers)
+    if shape.tied_embeddings and find_output(shape) in stored:
+        require_tied(headers, stored[find_embedding(shape)], stored[find_output(shape)])
     return Checkpoint(
         family=family,
         shape=shape,

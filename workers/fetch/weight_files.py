@@ -10,7 +10,8 @@ from pathlib import Path
 
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from workers.convert.architectures import DecoderShape
-from workers.fetch.decoder_weights import EMBEDDING, IGNORED_TENSOR, OUTPUT_LAYER, list_tensors
+from workers.convert.architectures.parameters import IGNORED_TENSOR, find_output
+from workers.fetch.decoder_weights import list_tensors
 from workers.fetch.needed_files import SHARD_NAME
 from workers.fetch.safetensors_header import SafetensorsHeader, TensorEntry, read_header, scan_nonfinite
 from workers.fetch.sources import CHUNK_BYTES, ByteProgress
@@ -86,7 +87,7 @@ def require_weights(shape: DecoderShape, tensors: dict[str, TensorEntry]) -> lis
             f"The weights lack {len(missing)} tensors that config.json demands: {_name_some(missing)}.",
             tensors=missing[:20],
         )
-    optional = {OUTPUT_LAYER: (shape.vocabulary_size, shape.hidden_size)} if shape.tied_embeddings else {}
+    optional = {find_output(shape): (shape.vocabulary_size, shape.hidden_size)} if shape.tied_embeddings else {}
     for name, wanted in {**expected, **optional}.items():
         if name in tensors and tensors[name].shape != wanted:
             raise CheckpointInvalid(
@@ -129,15 +130,10 @@ def require_finite(headers: list[SafetensorsHeader], progress: Progress) -> None
             )
 
 
-def require_tied(headers: list[SafetensorsHeader]) -> None:
-    """Refuse an output layer that config.json calls tied but that differs from the embedding."""
-    places = {
-        tensor.name: (header.path, tensor)
-        for header in headers
-        for tensor in header.tensors
-        if tensor.name in (EMBEDDING, OUTPUT_LAYER)
-    }
-    (path, embedding), (other_path, output) = places[EMBEDDING], places[OUTPUT_LAYER]
+def require_tied(headers: list[SafetensorsHeader], embedding_name: str, output_name: str) -> None:
+    """Refuse an output layer that config.json calls tied but that differs from the embedding; takes stored names."""
+    places = {tensor.name: (header.path, tensor) for header in headers for tensor in header.tensors}
+    (path, embedding), (other_path, output) = places[embedding_name], places[output_name]
     is_same = embedding.dtype == output.dtype
     with path.open("rb") as stream, other_path.open("rb") as other:
         stream.seek(embedding.begin_byte)
@@ -149,8 +145,8 @@ def require_tied(headers: list[SafetensorsHeader]) -> None:
             left -= size
     if not is_same:
         raise CheckpointInvalid(
-            f"config.json says that embeddings are tied, but {OUTPUT_LAYER} in {other_path.name} differs from "
-            f"{EMBEDDING}; set tie_word_embeddings to false or remove the tensor.",
+            f"config.json says that embeddings are tied, but {output_name} in {other_path.name} differs from "
+            f"{embedding_name}; set tie_word_embeddings to false or remove the tensor.",
             file=other_path.name,
-            tensor=OUTPUT_LAYER,
+            tensor=output_name,
         )

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import ArchitectureUnsupported
-from workers.convert.architectures import llama, mistral
+from workers.convert.architectures import (
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from workers.convert.architectures.shape import DecoderShape, Rope
 
 __all__ = ["FAMILIES", "DecoderShape", "Family", "Rope", "find_family", "read_shape"]
@@ -21,6 +33,7 @@ __all__ = ["FAMILIES", "DecoderShape", "Family", "Rope", "find_family", "read_sh
 class Family:
     """One architecture that transformers names in `config.json`, and how it is read."""
 
+    #: As transformers writes it in `model_type`.
     name: str
     architecture: str
     read_shape: Callable[[Mapping[str, Any]], DecoderShape]
@@ -28,12 +41,23 @@ class Family:
     engines: tuple[str, ...]
 
 
+_BOTH = ("reauthored", "traced")
+
 #: By the name that stands in `config.json` under "architectures".
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("llama", "LlamaForCausalLM", llama.read_shape, ("reauthored", "traced")),
+        Family("llama", "LlamaForCausalLM", llama.read_shape, _BOTH),
         Family("mistral", "MistralForCausalLM", mistral.read_shape, ("reauthored",)),
+        Family("qwen2", "Qwen2ForCausalLM", qwen2.read_shape, _BOTH),
+        Family("qwen3", "Qwen3ForCausalLM", qwen3.read_shape, _BOTH),
+        Family("gemma", "GemmaForCausalLM", gemma.read_shape, _BOTH),
+        Family("gemma2", "Gemma2ForCausalLM", gemma2.read_shape, _BOTH),
+        Family("gemma3_text", "Gemma3ForCausalLM", gemma3.read_shape, _BOTH),
+        Family("phi", "PhiForCausalLM", phi.read_shape, _BOTH),
+        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, _BOTH),
+        Family("falcon", "FalconForCausalLM", falcon.read_shape, _BOTH),
+        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, _BOTH),
     )
 }
 

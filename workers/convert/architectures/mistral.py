@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers.convert.architectures.llama import read_llama_like
-from workers.convert.architectures.shape import ConfigReader, DecoderShape
+from workers.convert.architectures.config_reader import ConfigReader, Defaults, read_decoder
+from workers.convert.architectures.rotary import read_rope, require_full_rotary
+from workers.convert.architectures.shape import DecoderShape
 
 #: What transformers assumes where a `config.json` does not name the field; an explicit null means no window.
 _DEFAULT_WINDOW = 4096
@@ -19,15 +20,16 @@ _DEFAULT_WINDOW = 4096
 
 def read_shape(config: Mapping[str, Any]) -> DecoderShape:
     """Return the shape of a Mistral checkpoint; raises as `llama.read_shape` does."""
+    reader = ConfigReader(config, "mistral")
     window: int | None = None
     if config.get("sliding_window", _DEFAULT_WINDOW) is not None:
-        window = ConfigReader(config, "mistral").read_size("sliding_window", _DEFAULT_WINDOW)
-    # Mistral's defaults differ from Llama's where a file is silent.
-    completed = {
-        "max_position_embeddings": 4096 * 32,
-        "num_key_value_heads": 8,
-        **config,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    return read_llama_like(completed, architecture="MistralForCausalLM", family="mistral", attention_window=window)
+        window = reader.read_size("sliding_window", _DEFAULT_WINDOW)
+    require_full_rotary(reader)
+    return read_decoder(
+        reader,
+        "MistralForCausalLM",
+        Defaults(context_length=4096 * 32, key_value_heads=8),
+        activation=reader.read_activation("hidden_act", "silu", "silu"),
+        rope=read_rope(reader),
+        attention_window=window,
+    )

@@ -1,17 +1,15 @@
 """What the engines need to know of a decoder-only transformer, whatever its family. Pure.
 
-Owns the dataclasses and the checked reading of single `config.json` fields; the meaning of fields belongs to
-the family files beside it. Called by them; read by `workers.convert.reauthored` and `workers.fetch.plan`.
+Owns the dataclasses alone; reading them from a `config.json` belongs to the family files beside it. Read by
+`workers.convert.reauthored`, `workers.fetch` and `parameters`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from service.errors import ArchitectureUnsupported, CheckpointInvalid
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -21,17 +19,55 @@ class Rope:
     #: Base of the geometric series of wavelengths.
     theta: float
     #: `default`: as in the paper. `linear`: positions divided by `factor`. `llama3`: long wavelengths only.
-    kind: Literal["default", "linear", "llama3"] = "default"
+    #: `longrope`: each wavelength multiplied by its own factor.
+    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
     factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     #: Context length before the scaling, in tokens.
     original_context_length: int = 0
+    #: `longrope`: what each wavelength is multiplied with, one per pair of channels.
+    wavelength_factors: tuple[float, ...] = ()
+    #: Cosine and sine are multiplied with it.
+    amplitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """How a family names its tensors, without `.weight` and `.bias`; None where it has no such tensor.
+
+    The defaults are those of `transformers.models.llama`.
+    """
+
+    #: What the names of everything but the output layer begin with; checkpoints of the bare model leave it out.
+    prefix: str = "model."
+    #: What the names of one layer begin with, after the prefix; `{}` is its number.
+    layer: str = "layers.{}."
+    embedding: str = "embed_tokens"
+    #: Learned positions.
+    positions: str | None = None
+    final_norm: str = "norm"
+    #: The output layer; without prefix.
+    output: str = "lm_head"
+    attention_norm: str = "input_layernorm"
+    #: Queries, keys and values, in this order, as three tensors or one.
+    attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    query_norm: str | None = None
+    key_norm: str | None = None
+    attention_output: str = "self_attn.o_proj"
+    #: On what attention gives, before it is added.
+    attention_output_norm: str | None = None
+    #: None: the feed-forward reads what attention read.
+    feed_forward_norm: str | None = "post_attention_layernorm"
+    #: Gate and up, in this order, as two tensors or one; of an ungated feed-forward the one.
+    feed_forward_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    feed_forward_output: str = "mlp.down_proj"
+    feed_forward_output_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes and choices of a decoder with RMS norms, rotary positions and a gated feed-forward."""
+    """Sizes and choices of a decoder-only transformer; the defaults are Llama's choices."""
 
     architecture: str
     family: str
@@ -43,64 +79,52 @@ class DecoderShape:
     key_value_heads: int
     head_size: int
     norm_epsilon: float
-    rope: Rope
+    #: None: positions are learned, or distances are punished (`has_alibi`).
+    rope: Rope | None
     #: The longest context the checkpoint was made for, in tokens.
     context_length: int
-    #: Tokens that attention looks back on; None means all of them.
-    attention_window: int | None
     tied_embeddings: bool
-    attention_bias: bool
-    feed_forward_bias: bool
+    #: Of queries, keys and values.
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    feed_forward_bias: bool = False
+    #: Of the output layer.
+    output_bias: bool = False
+    #: Tokens that attention looks back on and no engine limits: a longer context is refused. None: no such limit.
+    attention_window: int | None = None
+    #: Per layer, the tokens that attention looks back on, itself included, or None for all; empty: all in every layer.
+    windows: tuple[int | None, ...] = ()
+    #: The rotary positions of layers with a window, where they differ.
+    local_rope: Rope | None = None
+    #: Channels of a head that turn; None: all.
+    rotary_channels: int | None = None
+    #: Slopes over the distance, added to the scores.
+    has_alibi: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    #: What is added to the stored weights of norms.
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
+    #: Whether the feed-forward multiplies its activation with a second projection.
+    is_gated: bool = True
+    #: Whether the feed-forward reads the layer's input and not what attention added to.
+    is_parallel: bool = False
+    #: What embeddings are multiplied with.
+    embedding_scale: float | None = None
+    #: What scores are multiplied with; None: one over the square root of `head_size`.
+    attention_scale: float | None = None
+    #: Scores and logits are squeezed between plus and minus these.
+    attention_softcap: float | None = None
+    output_softcap: float | None = None
+    #: Whether one tensor of queries, keys and values holds them per group of heads and not one after another.
+    is_grouped: bool = False
+    #: Whether matrices lie as [inputs, outputs].
+    is_transposed: bool = False
+    names: TensorNames = field(default_factory=TensorNames)
 
+    def find_window(self, layer: int) -> int | None:
+        """Return how many tokens a layer's attention looks back on; None means all of them."""
+        return self.windows[layer] if self.windows else None
 
-class ConfigReader:
-    """Reads fields of one `config.json` and turns what is wrong into sentences that name the field."""
-
-    def __init__(self, config: Mapping[str, Any], family: str) -> None:
-        self._config = config
-        self._family = family
-
-    def read_size(self, field: str, default: int | None = None) -> int:
-        """Return a whole number of at least 1; `default` also replaces an explicit null."""
-        value = self._config.get(field)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointInvalid(
-                f"config.json: {field!r} must be a whole number of at least 1, not {value!r}.",
-                file="config.json",
-                field=field,
-            )
-        return value
-
-    def read_positive(self, field: str, default: float | None = None) -> float:
-        """Return a finite number above 0."""
-        return self.require_positive(field, self._config.get(field, default))
-
-    def require_positive(self, field: str, value: Any) -> float:
-        """Return `value` as float if it is a finite number above 0; `field` is only for the message."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointInvalid(
-                f"config.json: {field!r} must be a finite number above 0, not {value!r}.",
-                file="config.json",
-                field=field,
-            )
-        return float(value)
-
-    def read_flag(self, field: str, default: bool) -> bool:
-        """Return a boolean."""
-        value = self._config.get(field, default)
-        if not isinstance(value, bool):
-            raise CheckpointInvalid(
-                f"config.json: {field!r} must be true or false, not {value!r}.", file="config.json", field=field
-            )
-        return value
-
-    def refuse(self, field: str, value: Any, remedy: str) -> ArchitectureUnsupported:
-        """Return the refusal of a field whose value this family cannot be converted with."""
-        return ArchitectureUnsupported(
-            f"config.json: {field!r} is {value!r}, which is not supported for the {self._family} family; {remedy}.",
-            file="config.json",
-            field=field,
-            value=value,
-        )
+    def find_rope(self, layer: int) -> Rope | None:
+        """Return the rotary positions of a layer."""
+        return self.local_rope if self.local_rope is not None and self.find_window(layer) is not None else self.rope

@@ -82,7 +82,7 @@ def test_rope_is_read_in_both_spellings(fields: dict[str, Any], rope: Rope) -> N
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-        ({"architectures": ["PhiForCausalLM"]}, "LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": ["MambaForCausalLM"]}, "LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": None}, "LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, "exactly one of"),
     ],

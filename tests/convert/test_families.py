@@ -1,0 +1,98 @@
+"""The re-authored model of every family computes what transformers computes; no conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from litert_torch.generative.layers import kv_cache
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.families.cases import CASES, Case
+from workers.convert import architectures, reauthored
+from workers.fetch import plan
+
+CONTEXT_LENGTH = 128
+#: Largest difference of a logit, in parts of the logits' range; float32 rounding stays far below.
+TOLERANCE = 2e-5
+TOKENS = torch.randint(0, 512, (1, 100), generator=torch.Generator().manual_seed(1), dtype=torch.int)
+
+
+def compute_ours(checkpoint: Path, chunk: int = 64) -> torch.Tensor:
+    """Return logits, float32 [1, 100, vocabulary], computed in chunks through the cache."""
+    shape = architectures.read_shape(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    model = reauthored.build_model(checkpoint, shape, CONTEXT_LENGTH)
+    cache = kv_cache.KVCache.from_model_config(CONTEXT_LENGTH, model.config, kv_layout=kv_cache.KV_LAYOUT_TRANSPOSED)
+    full = torch.triu(torch.full((CONTEXT_LENGTH, CONTEXT_LENGTH), float("-inf")), 1)
+    logits = []
+    for start in range(0, TOKENS.shape[1], chunk):
+        positions = torch.arange(start, min(start + chunk, TOKENS.shape[1]), dtype=torch.int)
+        mask = full[positions.long()][None, None]
+        outputs = model(TOKENS[:, positions.long()], positions, cache, mask=mask)
+        cache = outputs["kv_cache"]
+        logits.append(outputs["logits"])
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def compute_theirs(checkpoint: Path) -> torch.Tensor:
+    # transformers 5.23 adds ALiBi twice where attention is eager; soft limits of scores it knows only there.
+    attention = "sdpa" if '"alibi": true' in (checkpoint / "config.json").read_text(encoding="utf-8") else "eager"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
+    logits: torch.Tensor = model(TOKENS.long()).logits
+    return logits
+
+
+def measure_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the largest difference in parts of the range of `theirs`."""
+    return float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+
+
+REAUTHORED = [case for case in CASES if "reauthored" in architectures.FAMILIES[case.architecture].engines]
+
+
+@pytest.mark.parametrize("case", REAUTHORED, ids=lambda case: case.name)
+def test_logits_equal_those_of_transformers(case: Case, tmp_path: Path) -> None:
+    checkpoint = case.write(tmp_path, has_tokenizer=False)
+    theirs = compute_theirs(checkpoint)
+    assert theirs.max() - theirs.min() > 1
+    assert measure_difference(compute_ours(checkpoint), theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_checkpoint_is_understood_before_anything_is_loaded(case: Case, tmp_path: Path) -> None:
+    checkpoint = case.write(tmp_path / "c")
+    params = {"engines": ["auto"], "formats": ["litertlm", "tflite"], "context_length": CONTEXT_LENGTH}
+    facts = plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)
+    config = AutoConfig.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_config(config)
+    assert (facts["architecture"], facts["parameters"]) == (case.architecture, model.num_parameters())
+    assert facts["layers"] == config.num_hidden_layers
+
+
+def test_a_gpt2_of_the_bare_model_needs_no_prefix(tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.name == "gpt2")
+    checkpoint = case.write(tmp_path / "c")
+    expected = compute_ours(checkpoint)
+    path = checkpoint / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    # Old writers stored the causal mask too.
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256) for layer in range(2)}
+    save_file({**bare, **masks}, path)
+    params = {"engines": ["auto"], "formats": ["tflite"]}
+    assert plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)["family"] == "gpt2"
+    assert torch.equal(compute_ours(checkpoint), expected)
+
+
+def test_a_window_shows_in_the_logits(tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.name == "gemma3")
+    checkpoint = case.write(tmp_path, has_tokenizer=False)
+    windowed = compute_ours(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps({**config, "sliding_window": 256}), encoding="utf-8")
+    whole = compute_ours(checkpoint)
+    assert torch.equal(windowed[:, :24], whole[:, :24])
+    assert measure_difference(windowed[:, 24:], whole[:, 24:]) > 0.01

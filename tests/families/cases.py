@@ -1,0 +1,120 @@
+"""Small checkpoints of every family, one for each choice that its config.json has.
+
+Owns the configs alone. Called by the comparison of torch modules (`tests/convert/test_families.py`) and by the
+conversions of this folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.checkpoints import LLAMA3_ROPE_SCALING, TokenizerKind, WeightsDtype, write_checkpoint
+
+_THETA = {"rope_type": "default", "rope_theta": 20_000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.9, 2.2, 2.8],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 0.75,
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+}
+#: GPT-2's own names of the sizes.
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One small checkpoint."""
+
+    name: str
+    architecture: str
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: WeightsDtype = "bfloat16"
+    shard_size: str | None = None
+    tokenizer: TokenizerKind = "byte_level"
+
+    def write(self, folder: Path, *, has_tokenizer: bool = True) -> Path:
+        """Write the checkpoint and return its folder."""
+        return write_checkpoint(
+            folder,
+            config=self.config,
+            dtype=self.dtype,
+            shard_size=self.shard_size,
+            tokenizer=self.tokenizer if has_tokenizer else None,
+            architecture=self.architecture,
+        )
+
+
+#: The first of each family is the one that is converted.
+CASES: tuple[Case, ...] = (
+    Case(
+        "llama-3.2",
+        "LlamaForCausalLM",
+        {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE_SCALING, "rope_theta": 5e5}},
+        shard_size="50KB",
+    ),
+    Case("llama-2", "LlamaForCausalLM", {"num_key_value_heads": 4}, "float16", tokenizer="sentencepiece"),
+    Case("tinyllama", "LlamaForCausalLM", {"num_key_value_heads": 1}, tokenizer="sentencepiece"),
+    Case("smollm", "LlamaForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 72,
+         "head_dim": 8, "tie_word_embeddings": True}),
+    Case("amd-llama", "LlamaForCausalLM", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, tokenizer="metaspace"),
+    Case("llama-biased", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    Case("qwen2", "Qwen2ForCausalLM", {"tie_word_embeddings": True, "rope_parameters": _THETA}),
+    Case("deepseek-r1-distill-qwen", "Qwen2ForCausalLM", {"rope_parameters": _THETA}, "float16"),
+    Case("qwen2-window", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 24,
+         "max_window_layers": 1}),
+    Case("qwen3", "Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": _THETA}),
+    Case("qwen3-biased", "Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
+    Case("gemma", "GemmaForCausalLM", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True},
+         tokenizer="sentencepiece"),
+    Case("gemma-biased", "GemmaForCausalLM", {"head_dim": 16, "attention_bias": True}),
+    Case(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 32, "tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+        },
+        tokenizer="unigram",
+    ),
+    Case(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True, "num_hidden_layers": 3,
+            "sliding_window": 24, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24,
+            "rope_parameters": _GEMMA3_ROPE,
+        },
+        tokenizer="unigram",
+    ),
+    Case("gemma3-full", "Gemma3ForCausalLM", {"head_dim": 16, "layer_types": ["full_attention"] * 2}),
+    Case("phi-2", "PhiForCausalLM", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}, "float16"),
+    Case("phi-grouped", "PhiForCausalLM", {"hidden_act": "gelu",
+         "rope_parameters": {**_THETA, "partial_rotary_factor": 0.25}}),
+    Case("phi-3", "Phi3ForCausalLM", {"sliding_window": 24, "pad_token_id": 0}),
+    Case(
+        "phi-4-mini",
+        "Phi3ForCausalLM",
+        {"pad_token_id": 0, "tie_word_embeddings": True, "max_position_embeddings": 1024,
+         "original_max_position_embeddings": 256, "rope_parameters": _LONGROPE},
+    ),
+    Case("falcon-rw", "FalconForCausalLM", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
+         "tie_word_embeddings": True}),
+    Case("falcon-7b", "FalconForCausalLM", {"tie_word_embeddings": True}),
+    Case("falcon-40b", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2,
+         "num_attention_heads": 8}),
+    Case("falcon-one-norm", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2,
+         "num_ln_in_parallel_attn": 1}),
+    Case("falcon-six-heads", "FalconForCausalLM", {"alibi": True, "multi_query": False, "num_attention_heads": 6,
+         "hidden_size": 96}),
+    Case("gpt2", "GPT2LMHeadModel", _GPT2, "float32"),
+    Case("gpt2-unscaled", "GPT2LMHeadModel", {**_GPT2, "scale_attn_weights": False, "n_inner": 96,
+         "activation_function": "gelu"}),
+)  # fmt: skip
