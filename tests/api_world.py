@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from service.api import make_app
 from service.errors import EdgeKilnError
-from service.ledger import publications, work
+from service.ledger import claims, publications, results
 from service.ledger.database import Database, migrate
 from service.ledger.keys import canonical_json
 from service.settings import Settings, load_settings
@@ -39,24 +39,24 @@ class StoredPlay(Play):
         super().__init__(database, tenant_id)
         self.store = store
 
-    def finish(self, claim: work.Claim, outputs: Sequence[work.OutputFile] | None = None) -> None:
+    def finish(self, claim: claims.Claim, outputs: Sequence[claims.OutputFile] | None = None) -> None:
         made = [self.put(output.name, artifact_bytes(claim.key)) for output in outputs_of(claim)]
         if claim.kind == "publish":
             self.publish(claim)
-        usage = work.Usage(1.5, 2000, 1000, "strong", self.put("log", f"{claim.kind} worked\n".encode() * 2000))
-        success = work.Success(play_figures(claim), outputs if outputs is not None else made, usage)
-        work.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
+        usage = results.Usage(1.5, 2000, 1000, "strong", self.put("log", f"{claim.kind} worked\n".encode() * 2000))
+        success = results.Success(play_figures(claim), outputs if outputs is not None else made, usage)
+        results.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
 
-    def fail(self, claim: work.Claim, error: EdgeKilnError) -> bool:
-        usage = work.Usage(0.5, log=self.put("log", b"it went wrong\n"))
-        return work.fail_step(self.database, claim, error, usage, POLICY)
+    def fail(self, claim: claims.Claim, error: EdgeKilnError) -> bool:
+        usage = results.Usage(0.5, log=self.put("log", b"it went wrong\n"))
+        return results.fail_step(self.database, claim, error, usage, POLICY)
 
-    def put(self, name: str, data: bytes) -> work.OutputFile:
+    def put(self, name: str, data: bytes) -> claims.OutputFile:
         digest = hashlib.sha256(data).hexdigest()
         self.store.put_bytes(blob_key(digest), data)
-        return work.OutputFile(name, digest, len(data))
+        return claims.OutputFile(name, digest, len(data))
 
-    def publish(self, claim: work.Claim) -> None:
+    def publish(self, claim: claims.Claim) -> None:
         drafts = []
         for kind in claim.params["formats"]:
             (output,) = claim.inputs[f"artifact_{kind}"].outputs
@@ -74,7 +74,7 @@ def artifact_bytes(key: str) -> bytes:
     return (block * (ARTIFACT_BYTES // len(block) + 1))[:ARTIFACT_BYTES]
 
 
-def play_figures(claim: work.Claim) -> dict[str, Any]:
+def play_figures(claim: claims.Claim) -> dict[str, Any]:
     """What the table shows, where the real step measures it."""
     if claim.kind == "verify":
         quality = {"exact_match": 0.5, "source_exact_match": 1.0}

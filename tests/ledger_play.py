@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.errors import EdgeKilnError
-from service.ledger import access, fleet, jobs, views, work
+from service.ledger import access, claims, fleet, jobs, results, views
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, digest_json
 from service.ledger.plan import RESOURCE_CLASSES
@@ -14,9 +14,9 @@ from service.requests import parse_request
 
 TENANT = "default"
 TOOLCHAIN = Toolchain(versions={"converter": "1"}, revisions={"convert": "a", "quantize": "a"})
-POLICY = work.LeasePolicy(lease_s=30, benchmark_patience_s=60, max_failures=3, max_losses=10, retry_pause_s=0)
+POLICY = claims.LeasePolicy(lease_s=30, benchmark_patience_s=60, max_failures=3, max_losses=10, retry_pause_s=0)
 #: A lease that has run out before anyone can look.
-EXPIRED = work.LeasePolicy(lease_s=-1, benchmark_patience_s=60, max_failures=3, max_losses=10, retry_pause_s=0)
+EXPIRED = claims.LeasePolicy(lease_s=-1, benchmark_patience_s=60, max_failures=3, max_losses=10, retry_pause_s=0)
 CLASSES = ("fetch", "convert", "light", "device")
 SLOTS = {"fetch": 2, "convert": 2, "light": 9, "device": 1}
 BENCHMARK = {"processes": 1, "threads": 1}
@@ -58,16 +58,16 @@ class Play:
     def claim(
         self,
         *classes: str,
-        policy: work.LeasePolicy = POLICY,
+        policy: claims.LeasePolicy = POLICY,
         worker_id: str | None = None,
-    ) -> work.Claim | None:
+    ) -> claims.Claim | None:
         for resource_class in classes or CLASSES:
-            claim = work.claim_next(self.database, worker_id or self.worker_id, resource_class, policy)
+            claim = claims.claim_next(self.database, worker_id or self.worker_id, resource_class, policy)
             if claim is not None:
                 return claim
         return None
 
-    def claim_kind(self, kind: str, policy: work.LeasePolicy = POLICY) -> work.Claim:
+    def claim_kind(self, kind: str, policy: claims.LeasePolicy = POLICY) -> claims.Claim:
         """Finish steps until one of `kind` is claimed."""
         while True:
             claim = self.claim(policy=policy)
@@ -76,7 +76,7 @@ class Play:
                 return claim
             self.finish(claim)
 
-    def claim_kind_only(self, kind: str) -> work.Claim:
+    def claim_kind_only(self, kind: str) -> claims.Claim:
         """Claim a due step of `kind` and give back whatever comes before it."""
         passed = []
         while True:
@@ -86,15 +86,15 @@ class Play:
                 break
             passed.append(claim)
         for other in passed:
-            work.release_step(self.database, other)
+            claims.release_step(self.database, other)
         return claim
 
-    def finish(self, claim: work.Claim, outputs: Sequence[work.OutputFile] | None = None) -> None:
-        success = work.Success(figures_of(claim), outputs if outputs is not None else outputs_of(claim))
-        work.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
+    def finish(self, claim: claims.Claim, outputs: Sequence[claims.OutputFile] | None = None) -> None:
+        success = results.Success(figures_of(claim), outputs if outputs is not None else outputs_of(claim))
+        results.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
 
-    def fail(self, claim: work.Claim, error: EdgeKilnError) -> bool:
-        return work.fail_step(self.database, claim, error, work.Usage(), POLICY)
+    def fail(self, claim: claims.Claim, error: EdgeKilnError) -> bool:
+        return results.fail_step(self.database, claim, error, results.Usage(), POLICY)
 
     def run_all(self) -> list[str]:
         """Run whatever is due until nothing is; return the kinds in order."""
@@ -105,7 +105,7 @@ class Play:
         return kinds
 
 
-def figures_of(claim: work.Claim) -> dict[str, Any]:
+def figures_of(claim: claims.Claim) -> dict[str, Any]:
     """What the real step would find, as far as the ledger reads it."""
     if claim.kind == "resolve":
         return {"source": {**claim.params["source"], "revision": "pinned"}}
@@ -117,8 +117,8 @@ def figures_of(claim: work.Claim) -> dict[str, Any]:
     return {"kind": claim.kind}
 
 
-def outputs_of(claim: work.Claim) -> list[work.OutputFile]:
+def outputs_of(claim: claims.Claim) -> list[claims.OutputFile]:
     """One file of its own for every step that makes one."""
     if claim.kind not in ("fetch", "convert", "quantize", "bundle"):
         return []
-    return [work.OutputFile("model.bin", digest_json([claim.key, "bytes"]), 10)]
+    return [claims.OutputFile("model.bin", digest_json([claim.key, "bytes"]), 10)]

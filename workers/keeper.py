@@ -16,7 +16,7 @@ from typing import Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError, LeaseLost
-from service.ledger import work
+from service.ledger import claims
 from service.ledger.database import Database
 from service.settings import Settings
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class LeaseKeeper:
     """Holds a claim while its context is open."""
 
-    def __init__(self, settings: Settings, database: Database, claim: work.Claim) -> None:
+    def __init__(self, settings: Settings, database: Database, claim: claims.Claim) -> None:
         self._settings = settings
         self._database = database
         self._claim = claim
@@ -59,12 +59,12 @@ class LeaseKeeper:
         next_heartbeat = time.monotonic() + self._settings.heartbeat_s
         while not self._closed.wait(self._settings.cancel_poll_s):
             try:
-                if not work.is_held(self._database, self._claim):
+                if not claims.is_held(self._database, self._claim):
                     self._lost.set()
                     return
                 started = time.monotonic()
                 if started >= next_heartbeat:
-                    work.extend_lease(self._database, self._claim, self._settings.lease_s)
+                    claims.extend_lease(self._database, self._claim, self._settings.lease_s)
                     held_until = started + self._settings.lease_s
                     next_heartbeat = started + self._settings.heartbeat_s
             except LeaseLost:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError
-from service.ledger import access, fleet, housekeeping, work
+from service.ledger import access, claims, fleet, housekeeping
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.settings import Settings
@@ -96,8 +96,8 @@ class WorkerProcess:
         while True:
             try:
                 fleet.beat_worker(self.database, self.worker_id)
-                work.end_hopeless_steps(self.database, self.runner.policy)
-                self.database.poke(work.due_classes(self.database))
+                claims.end_hopeless_steps(self.database, self.runner.policy)
+                self.database.poke(claims.due_classes(self.database))
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("sweep could not reach the ledger: %s", error)
             if self._closed.wait(self._settings.sweep_s):

@@ -14,7 +14,7 @@ from typing import Any
 
 from service import gates
 from service.errors import GateRefused
-from service.ledger import publications, work
+from service.ledger import claims, publications
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, canonical_json
 from service.requests import parse_request
@@ -24,7 +24,7 @@ from service.storage import ObjectStore, manifest_key
 MANIFEST_SCHEMA = "edgekiln/manifest/1"
 
 
-def publish(database: Database, store: ObjectStore, claim: work.Claim, toolchain: Toolchain) -> dict[str, Any]:
+def publish(database: Database, store: ObjectStore, claim: claims.Claim, toolchain: Toolchain) -> dict[str, Any]:
     """Publish a variant's artifacts and return the figures of the step.
 
     Raises `GateRefused` when a figure misses a gate, `LeaseLost`, and the store's errors (retryable).
@@ -45,7 +45,7 @@ def publish(database: Database, store: ObjectStore, claim: work.Claim, toolchain
     }
 
 
-def collect_figures(claim: work.Claim) -> dict[str, Any]:
+def collect_figures(claim: claims.Claim) -> dict[str, Any]:
     """Return the variant's worst figures over its formats, and its benchmarks' where a gate waits for them."""
     suppliers = list(claim.inputs.values())
     merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
@@ -86,7 +86,7 @@ def judge(params: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[st
 
 def _draft(
     kind: str,
-    claim: work.Claim,
+    claim: claims.Claim,
     provenance: publications.Provenance,
     toolchain: Toolchain,
     figures: Mapping[str, Any],
@@ -139,7 +139,7 @@ def _weakest(levels: Any) -> str:
     return "strong" if all(level == "strong" for level in levels) else "weak"
 
 
-def _repeat_command(kind: str, claim: work.Claim, provenance: publications.Provenance) -> str:
+def _repeat_command(kind: str, claim: claims.Claim, provenance: publications.Provenance) -> str:
     """The command that makes this artifact again."""
     source = provenance.source
     place = source["path"] if source.get("kind") == "folder" else f"hf://{source['repo']}@{source['revision']}"

@@ -32,7 +32,7 @@ from service.errors import (
     ToolchainChanged,
     describe_bug,
 )
-from service.ledger import work
+from service.ledger import claims, results
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain
 from service.settings import Settings
@@ -74,7 +74,7 @@ class Runner:
         self._work_dir = work_dir
         self._benchmark = {"processes": settings.benchmark_processes, "threads": cores}
         self._shutdown = threading.Event()
-        self.policy = work.LeasePolicy(
+        self.policy = claims.LeasePolicy(
             lease_s=settings.lease_s,
             benchmark_patience_s=settings.benchmark_patience_s,
             max_failures=settings.max_failures,
@@ -90,7 +90,7 @@ class Runner:
         """Claim and run one step of a class; return whether there was one."""
         if self._shutdown.is_set():
             return False
-        claim = work.claim_next(self._database, self._worker_id, resource_class, self.policy)
+        claim = claims.claim_next(self._database, self._worker_id, resource_class, self.policy)
         if claim is None:
             return False
         log.info("running %s %s (token %d)", claim.kind, claim.step_id, claim.token)
@@ -98,26 +98,26 @@ class Runner:
             self._run(claim)
         finally:
             # A slot, or the whole host, is free again: whoever found it taken must be woken.
-            self._database.poke(work.due_classes(self._database))
+            self._database.poke(claims.due_classes(self._database))
         return True
 
-    def _run(self, claim: work.Claim) -> None:
+    def _run(self, claim: claims.Claim) -> None:
         step_dir = self._work_dir / f"{claim.step_id}-{claim.token}"
-        usage = work.Usage()
+        usage = results.Usage()
         try:
             with LeaseKeeper(self._settings, self._database, claim) as keeper:
                 try:
                     self._check_toolchain(claim)
                     if claim.kind == "publish":
                         figures = publish(self._database, self._store, claim, self._toolchain)
-                        success = work.Success(figures)
+                        success = results.Success(figures)
                     else:
                         result = self._run_child(claim, step_dir, keeper)
                         usage = self._measure(result)
                         if self._ended_by_us(claim, result, usage):
                             return
                         success = self._collect(result, usage, keeper)
-                    work.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
+                    results.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
                     log.info("finished %s %s", claim.kind, claim.step_id)
                     if claim.kind == "fetch":
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
@@ -136,7 +136,7 @@ class Runner:
         finally:
             shutil.rmtree(step_dir, ignore_errors=True)
 
-    def _check_toolchain(self, claim: work.Claim) -> None:
+    def _check_toolchain(self, claim: claims.Claim) -> None:
         is_current = (claim.toolchain_id, claim.revision) == (
             self._toolchain.id,
             self._toolchain.revisions.get(claim.kind, ""),
@@ -147,14 +147,14 @@ class Runner:
                 "Retry the job to plan it anew; finished work is kept."
             )
 
-    def _run_child(self, claim: work.Claim, step_dir: Path, keeper: LeaseKeeper) -> ChildResult:
+    def _run_child(self, claim: claims.Claim, step_dir: Path, keeper: LeaseKeeper) -> ChildResult:
         code = CATALOG[claim.kind]
         inputs = self._fetch_inputs(claim, step_dir, keeper)
         if claim.kind == "fetch":
             # A fresh checkpoint will be converted: import the converter meanwhile.
             self._sandbox.warm("convert")
         if code.is_pinned:
-            work.pin_attempt(self._database, claim)
+            claims.pin_attempt(self._database, claim)
         return self._sandbox.run(
             code.target,
             self._params(claim),
@@ -173,7 +173,7 @@ class Runner:
             poll_s=self._settings.cancel_poll_s / 2,
         )
 
-    def _params(self, claim: work.Claim) -> dict[str, Any]:
+    def _params(self, claim: claims.Claim) -> dict[str, Any]:
         """The step's parameters, and what only this host knows; the latter never enters a key."""
         params = dict(claim.params)
         if claim.kind == "fetch":
@@ -182,7 +182,7 @@ class Runner:
             params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
         return params
 
-    def _download_dir(self, claim: work.Claim) -> Path:
+    def _download_dir(self, claim: claims.Claim) -> Path:
         """Where partial downloads wait for the next attempt."""
         return self._settings.cache_dir / "downloads" / claim.key
 
@@ -191,7 +191,7 @@ class Runner:
             return StopReason.LEASE_LOST
         return StopReason.SHUTDOWN if self._shutdown.is_set() else None
 
-    def _fetch_inputs(self, claim: work.Claim, step_dir: Path, keeper: LeaseKeeper) -> dict[str, Path]:
+    def _fetch_inputs(self, claim: claims.Claim, step_dir: Path, keeper: LeaseKeeper) -> dict[str, Path]:
         reads = CATALOG[claim.kind].reads
         folders: dict[str, Path] = {}
         for name, supplier in claim.inputs.items():
@@ -206,11 +206,11 @@ class Runner:
                     self._store.get_file(blob_key(output.digest), path, output.digest)
                 except (BlobMissing, BlobCorrupt):
                     # Nobody may join work whose bytes are gone; a retry makes it again.
-                    work.retire_step(self._database, supplier.step_id)
+                    results.retire_step(self._database, supplier.step_id)
                     raise
         return folders
 
-    def _reporter(self, claim: work.Claim, keeper: LeaseKeeper) -> Callable[[str, float | None], None]:
+    def _reporter(self, claim: claims.Claim, keeper: LeaseKeeper) -> Callable[[str, float | None], None]:
         last_s = 0.0
 
         def report(message: str, fraction: float | None) -> None:
@@ -219,18 +219,18 @@ class Runner:
                 return
             last_s = time.monotonic()
             try:
-                work.report_progress(self._database, claim, message, fraction)
+                claims.report_progress(self._database, claim, message, fraction)
             except _LEDGER_AWAY as error:
                 # The keeper judges how long the step may go on without the ledger.
                 log.warning("cannot report progress of %s %s: %s", claim.kind, claim.step_id, error)
 
         return report
 
-    def _measure(self, result: ChildResult) -> work.Usage:
+    def _measure(self, result: ChildResult) -> results.Usage:
         if result.error is not None:
             # Half an output is of no use, and its log may find the disk full because of it.
             shutil.rmtree(result.output_dir, ignore_errors=True)
-        usage = work.Usage(
+        usage = results.Usage(
             duration_s=result.duration_s,
             peak_rss_bytes=result.peak_rss_bytes,
             peak_anon_bytes=result.peak_anon_bytes,
@@ -240,36 +240,36 @@ class Runner:
             return usage
         return replace(usage, log=self._upload(result.log_path, "log.txt"))
 
-    def _ended_by_us(self, claim: work.Claim, result: ChildResult, usage: work.Usage) -> bool:
+    def _ended_by_us(self, claim: claims.Claim, result: ChildResult, usage: results.Usage) -> bool:
         """Deal with a child that this worker stopped; return whether it did."""
         if result.stopped is None:
             return False
         if result.stopped is StopReason.SHUTDOWN:
-            work.release_step(self._database, claim)
+            claims.release_step(self._database, claim)
             log.info("gave back %s %s", claim.kind, claim.step_id)
         else:
             log.info("stopped %s %s: cancelled or taken over", claim.kind, claim.step_id)
-        work.record_usage(self._database, claim, usage)
+        results.record_usage(self._database, claim, usage)
         return True
 
-    def _collect(self, result: ChildResult, usage: work.Usage, keeper: LeaseKeeper) -> work.Success:
+    def _collect(self, result: ChildResult, usage: results.Usage, keeper: LeaseKeeper) -> results.Success:
         if result.error is not None:
             raise result.error
         outputs = []
         for path in sorted(path for path in result.output_dir.rglob("*") if path.is_file()):
             keeper.check()
             outputs.append(self._upload(path, path.relative_to(result.output_dir).as_posix()))
-        return work.Success(result.figures or {}, outputs, usage)
+        return results.Success(result.figures or {}, outputs, usage)
 
-    def _upload(self, path: Path, name: str) -> work.OutputFile:
+    def _upload(self, path: Path, name: str) -> claims.OutputFile:
         digest, size_bytes = digest_file(path)
         self._store.put_file(blob_key(digest), path, digest)
-        return work.OutputFile(name, digest, size_bytes)
+        return claims.OutputFile(name, digest, size_bytes)
 
-    def _fail(self, claim: work.Claim, error: EdgeKilnError, usage: work.Usage, step_dir: Path) -> None:
+    def _fail(self, claim: claims.Claim, error: EdgeKilnError, usage: results.Usage, step_dir: Path) -> None:
         # The ledger may be on the disk that the step has filled: what the step holds goes before its failure is told.
         shutil.rmtree(step_dir, ignore_errors=True)
         document = error.to_json()
         log.warning("%s %s failed: %s: %s", claim.kind, claim.step_id, document["code"], document["message"])
-        if work.fail_step(self._database, claim, error, usage, self.policy):
+        if results.fail_step(self._database, claim, error, usage, self.policy):
             log.info("%s %s will be tried again", claim.kind, claim.step_id)

@@ -2,5 +2,5 @@
 
     submit_job ─▶ resolve ─▶ fetch ─▶ plan ─▶ convert ─▶ quantize ─▶ bundle ─▶ verify ─▶ publish
 
-`jobs` is what users do, `work` what workers do, `views` what readers see; `moves` alone changes states.
+`jobs` is what users do, `claims` and `results` what workers do, `views` what readers see; `moves` alone changes states.
 """

@@ -1,6 +1,6 @@
 """Turns step specifications into rows: finds the step that already does the work, or makes it.
 
-Called inside the transactions of `service.ledger.jobs` and `service.ledger.work`. The job is locked.
+Called inside the transactions of `service.ledger.jobs` and `service.ledger.claims`. The job is locked.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from typing import Any
 from sqlalchemy import Connection, and_, insert, select, update
 
 from service.errors import LeaseLost
+from service.ledger.claims import Claim
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
 from service.ledger.keys import new_id
 from service.ledger.states import AttemptState, StepState
 from service.ledger.tables import Attempt, Job, Publication, Step, StepInput, StepOutput, Variant, VariantStep
-from service.ledger.work import Claim
 
 
 @dataclass(frozen=True)

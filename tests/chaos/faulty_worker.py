@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from service.ledger import moves, publications, work
+from service.ledger import claims, moves, publications, results
 from service.settings import load_settings
 from service.storage.folder import FolderStore
 from workers.process import WorkerProcess
@@ -60,17 +60,17 @@ PUBLISH_SEAMS: dict[str, Callable[[Strike], None]] = {
     "after_rows": _strike_after(publications, "record_publications"),
     "inside_manifest_upload": _strike_before(FolderStore, "_make_folder"),
     "after_first_manifest": _strike_after(FolderStore, "put_bytes"),
-    "before_finish": _strike_before(work, "finish_step"),
-    "inside_finish": _strike_before(work, "settle"),
-    "after_finish": _strike_after(work, "finish_step"),
+    "before_finish": _strike_before(results, "finish_step"),
+    "inside_finish": _strike_before(results, "settle"),
+    "after_finish": _strike_after(results, "finish_step"),
 }
 FETCH_SEAMS: dict[str, Callable[[Strike], None]] = {
     "before_uploads": _strike_before(Runner, "_collect"),
     "inside_upload": _strike_before(FolderStore, "_make_folder"),
     "after_first_upload": _strike_after(Runner, "_upload"),
-    "before_finish": _strike_before(work, "finish_step"),
-    "inside_finish": _strike_before(work, "settle"),
-    "after_finish": _strike_after(work, "finish_step"),
+    "before_finish": _strike_before(results, "finish_step"),
+    "inside_finish": _strike_before(results, "settle"),
+    "after_finish": _strike_after(results, "finish_step"),
 }
 
 
@@ -81,7 +81,7 @@ def remove_fence() -> None:
         return fenced(tx, step_id, event, **values)
 
     fenced = moves.move_step
-    work.move_step = move_step  # type: ignore[attr-defined]
+    results.move_step = move_step  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
 
     run = Runner._run
 
-    def run_armed(self: Runner, claim: work.Claim) -> None:
+    def run_armed(self: Runner, claim: claims.Claim) -> None:
         if claim.kind == kind:
             arm(strike)
         run(self, claim)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.ledger import jobs, views, work
+from service.ledger import claims, jobs, views
 from service.ledger.database import Database
 from service.ledger.states import StepState
 from service.ledger.tables import Blob, Publication, Step, StepOutput
@@ -186,11 +186,11 @@ def test_a_zombie_writes_nothing_and_would_without_the_fence(
         with worker(settings) as process:
             wait_for(lambda: is_stopped(zombie.pid), "the zombie has stopped")
             claim = wait_for(
-                lambda: work.claim_next(process.database, process.worker_id, "light", process.runner.policy),
+                lambda: claims.claim_next(process.database, process.worker_id, "light", process.runner.policy),
                 "another worker takes over",
             )
             assert (claim.kind, claim.token) == ("publish", 2)
-            work.extend_lease(process.database, claim, PATIENCE_S)
+            claims.extend_lease(process.database, claim, PATIENCE_S)
             zombie.send_signal(signal.SIGCONT)
             assert zombie.wait(PATIENCE_S) == 0, (folder / "faulty.log").read_text()
 
@@ -204,7 +204,7 @@ def test_a_zombie_writes_nothing_and_would_without_the_fence(
             assert visible == []
             assert read_attempts(process.database, job_id)["publish"] == ["lost", "running"]
             # Whoever holds it now ends it.
-            work.release_step(process.database, claim)
+            claims.release_step(process.database, claim)
             run_until(process, lambda: is_in_state(process.database, job_id, "publish", "succeeded"), "published")
             check_published_once(process.database, folder / "data" / "store", job_id)
     finally:

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select, update
 
 from service.errors import BenchmarkFailed, ChildCrashed, LeaseLost, SourceUnavailable, StoreUnavailable
-from service.ledger import moves, views, work
+from service.ledger import claims, moves, results, views
 from service.ledger.clock import now
 from service.ledger.database import Database
 from service.ledger.tables import Attempt, Step
@@ -91,18 +91,18 @@ def test_an_expired_lease_passes_on_and_the_old_holder_writes_nothing(play: Play
     assert heir
     assert (heir.step_id, heir.token) == (zombie.step_id, zombie.token + 1)
     before = play.job(job_id)
-    assert not work.is_held(play.database, zombie)
+    assert not claims.is_held(play.database, zombie)
     with pytest.raises(LeaseLost):
         play.finish(zombie)
     with pytest.raises(LeaseLost):
         play.fail(zombie, SourceUnavailable("The hub is away."))
     with pytest.raises(LeaseLost):
-        work.extend_lease(play.database, zombie, 30)
+        claims.extend_lease(play.database, zombie, 30)
     with pytest.raises(LeaseLost):
-        work.report_progress(play.database, zombie, "half", 0.5)
+        claims.report_progress(play.database, zombie, "half", 0.5)
     with pytest.raises(LeaseLost):
-        work.pin_attempt(play.database, zombie)
-    work.release_step(play.database, zombie)
+        claims.pin_attempt(play.database, zombie)
+    claims.release_step(play.database, zombie)
     assert play.job(job_id) == before
     assert attempts(play.database, heir.step_id) == ["lost", "running"]
     play.finish(heir)
@@ -120,7 +120,7 @@ def test_control_without_the_fence_a_zombie_overwrites(play: Play, monkeypatch: 
     def unfenced(*args: Any, token: int | None = None, **kwargs: Any) -> bool:
         return fenced(*args, **kwargs)
 
-    monkeypatch.setattr(work, "move_step", unfenced)
+    monkeypatch.setattr(results, "move_step", unfenced)
     play.finish(zombie)
     with pytest.raises(LeaseLost):
         play.finish(heir)
@@ -161,10 +161,10 @@ def test_a_pause_stands_between_tries(play: Play) -> None:
     play.submit()
     claim = play.claim("fetch")
     assert claim
-    patient = work.LeasePolicy(30, 60, max_failures=3, max_losses=10, retry_pause_s=60)
-    assert work.fail_step(play.database, claim, StoreUnavailable("503"), work.Usage(), patient)
+    patient = claims.LeasePolicy(30, 60, max_failures=3, max_losses=10, retry_pause_s=60)
+    assert results.fail_step(play.database, claim, StoreUnavailable("503"), results.Usage(), patient)
     assert play.claim("fetch") is None
-    assert work.due_classes(play.database) == []
+    assert claims.due_classes(play.database) == []
 
 
 def test_crashing_children_park_their_step_after_three(play: Play) -> None:
@@ -183,7 +183,7 @@ def test_lost_workers_park_a_step_after_ten_and_a_release_counts_for_nothing(pla
     for _ in range(3):
         claim = play.claim("fetch")
         assert claim
-        work.release_step(play.database, claim)
+        claims.release_step(play.database, claim)
     for _ in range(10):
         assert play.claim("fetch", policy=EXPIRED)
     assert play.claim("fetch", policy=EXPIRED) is None
@@ -195,8 +195,8 @@ def test_lost_workers_park_a_step_after_ten_and_a_release_counts_for_nothing(pla
 def test_a_started_benchmark_is_never_taken_over(play: Play) -> None:
     job_id = play.submit(recipes=["none"], formats=["tflite"], devices=["host"])
     claim = play.claim_kind("benchmark", EXPIRED)
-    work.pin_attempt(play.database, claim)
-    work.end_hopeless_steps(play.database, POLICY)
+    claims.pin_attempt(play.database, claim)
+    claims.end_hopeless_steps(play.database, POLICY)
     play.run_all()
     job = play.job(job_id)
     (benchmark,) = [step for step in job["steps"] if step["kind"] == "benchmark"]
@@ -217,7 +217,7 @@ def test_a_benchmark_that_was_not_started_is_taken_over(play: Play) -> None:
 def test_a_failed_benchmark_is_not_repeated_and_leaves_the_job_partial(play: Play) -> None:
     job_id = play.submit(recipes=["none"], formats=["tflite"], devices=["host"])
     claim = play.claim_kind("benchmark")
-    work.pin_attempt(play.database, claim)
+    claims.pin_attempt(play.database, claim)
     assert not play.fail(claim, ChildCrashed("The tool died."))
     play.run_all()
     assert play.job(job_id)["state"] == "partial"
@@ -242,7 +242,7 @@ def test_a_benchmark_that_waits_long_holds_other_work_back(play: Play) -> None:
     while (claim := play.claim("fetch", "convert", "light")) is not None:
         play.finish(claim)
     play.submit("/models/other")
-    impatient = work.LeasePolicy(30, benchmark_patience_s=-1, max_failures=3, max_losses=10, retry_pause_s=0)
+    impatient = claims.LeasePolicy(30, benchmark_patience_s=-1, max_failures=3, max_losses=10, retry_pause_s=0)
     assert play.claim("fetch", policy=impatient) is None
     assert play.claim("device", policy=impatient)
 
@@ -279,7 +279,7 @@ def test_a_condemned_blob_is_refused_and_the_step_stays_running(play: Play) -> N
     other = play.claim_kind("fetch")
     with pytest.raises(BlobCondemned):
         play.finish(other, [output])
-    assert work.is_held(play.database, other)
+    assert claims.is_held(play.database, other)
     assert play.job(job_id)["state"] == "succeeded"
 
 
@@ -289,7 +289,7 @@ def test_progress_is_seen_by_every_job_of_a_step(play: Play) -> None:
         play.finish(claim)
     claim = play.claim("convert")
     assert claim
-    work.report_progress(play.database, claim, "lowering", 0.5)
+    claims.report_progress(play.database, claim, "lowering", 0.5)
     for job_id in (first, second):
         events = views.read_events(play.database, TENANT, job_id, after=0)["events"]
         assert {"message": "lowering", "fraction": 0.5}.items() <= events[-1]["data"].items()
@@ -303,8 +303,8 @@ def test_usage_of_a_cancelled_attempt_is_kept(play: Play) -> None:
     claim = play.claim("fetch")
     assert claim
     jobs.cancel_job(play.database, TENANT, job_id)
-    log = work.OutputFile("log.txt", "f" * 64, 3)
-    work.record_usage(play.database, claim, work.Usage(duration_s=1.5, peak_anon_bytes=7, log=log))
+    log = claims.OutputFile("log.txt", "f" * 64, 3)
+    results.record_usage(play.database, claim, results.Usage(duration_s=1.5, peak_anon_bytes=7, log=log))
     (step,) = play.job(job_id)["steps"]
     assert (step["state"], step["duration_s"], step["peak_anon_bytes"]) == ("cancelled", 1.5, 7)
     (entry,) = views.list_logs(play.database, TENANT, job_id)
@@ -332,6 +332,6 @@ def test_finishing_needs_no_clock_of_the_worker(play: Play) -> None:
     job_id = play.submit()
     claim = play.claim("fetch")
     assert claim
-    work.finish_step(play.database, claim, work.Success(figures_of(claim)), TOOLCHAIN, BENCHMARK)
+    results.finish_step(play.database, claim, results.Success(figures_of(claim)), TOOLCHAIN, BENCHMARK)
     (step, *_) = play.job(job_id)["steps"]
     assert step["created_at"] <= step["started_at"] <= step["finalized_at"]

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, select
 
 from service.errors import BlobMissing, CheckpointInvalid, Conflict, IdempotencyMismatch, InvalidRequest, NotFound
-from service.ledger import jobs, locks, moves, views, work
+from service.ledger import claims, jobs, locks, moves, results, views
 from service.ledger.database import Database
 from service.ledger.tables import Job, Step
 from service.requests import parse_request
@@ -34,7 +34,7 @@ def advance_to_shared_work(play: Play, count: int) -> None:
     while (claim := play.claim("fetch", "light")) is not None and claim.kind in ("resolve", "fetch", "plan"):
         play.finish(claim)
     if claim is not None:
-        work.release_step(play.database, claim)
+        claims.release_step(play.database, claim)
 
 
 # --- cancelling ---------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_cancelling_one_of_two_jobs_leaves_their_shared_work_running(play: Play)
     claim = play.claim("convert")
     assert claim
     assert jobs.cancel_job(play.database, TENANT, first)
-    assert work.is_held(play.database, claim)
+    assert claims.is_held(play.database, claim)
     assert play.job(first)["state"] == "cancelled"
     play.finish(claim)
     play.run_all()
@@ -61,7 +61,7 @@ def test_cancelling_the_last_job_stops_the_work(play: Play) -> None:
     assert claim
     jobs.cancel_job(play.database, TENANT, first)
     jobs.cancel_job(play.database, TENANT, second)
-    assert not work.is_held(play.database, claim)
+    assert not claims.is_held(play.database, claim)
     assert play.claim() is None
     assert play.step_states(second)["quantize"] == ["cancelled", "cancelled"]
 
@@ -139,7 +139,7 @@ def test_a_retry_without_the_checkpoints_files_fetches_them_again(play: Play) ->
     play.finish(fetch)
     play.fail(play.claim_kind("convert"), BlobMissing("The store lost model.safetensors."))
     play.run_all()
-    work.retire_step(play.database, fetch.step_id)
+    results.retire_step(play.database, fetch.step_id)
     jobs.retry_job(play.database, TENANT, job_id)
     assert play.run_all()[:3] == ["resolve", "fetch", "plan"]
     assert play.job(job_id)["state"] == "succeeded"
@@ -159,7 +159,7 @@ def test_a_step_whose_blobs_are_gone_is_made_again(play: Play) -> None:
     claim = play.claim_kind("convert")
     play.finish(claim)
     play.run_all()
-    work.retire_step(play.database, claim.step_id)
+    results.retire_step(play.database, claim.step_id)
     job_id = play.submit()
     assert "convert" in play.run_all()
     assert play.job(job_id)["state"] == "succeeded"
@@ -268,7 +268,7 @@ def test_control_without_the_locks_the_dependent_is_stranded(
 
 def test_plans_that_finish_together_make_shared_steps_once(play: Play) -> None:
     job_ids = [play.submit() for _ in range(4)]
-    plans: list[work.Claim] = []
+    plans: list[claims.Claim] = []
     workers = [play.add_worker(f"host-{number}") for number in range(4)]
     while (claim := play.claim("fetch")) is not None:
         play.finish(claim)
