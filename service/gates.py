@@ -137,7 +137,7 @@ _FLOAT: Thresholds = (
 _BUNDLE: Thresholds = ((_STOP_DECLARED, 0.0), (_RUNTIME_MATCH, 0.95), (_RUNTIME_STOPS, 0.0))
 
 _INT8 = LossyLimits(kl_mean=0.02, top1_agreement_sure=0.97, exact_match_drop=0.02)
-_INT4 = LossyLimits(kl_mean=0.5, top1_agreement_sure=0.8, exact_match_drop=0.03)
+_INT4 = LossyLimits(kl_mean=0.2, top1_agreement_sure=0.9, exact_match_drop=0.03)
 
 LOSSY_LIMITS: dict[str, LossyLimits] = {
     "float16": LossyLimits(kl_mean=0.001, top1_agreement_sure=0.99, exact_match_drop=0.01),

@@ -42,10 +42,8 @@ SURE_MARGIN = math.log(2.0)
 WINDOW_ROWS = 8
 #: Most rows of one short sequence; also the longest sequence that is fed through `decode` alone, in tokens.
 SHORT_TOKENS = 12
-#: Texts fed through `decode` alone; beside an evaluation fewer, as they may be nothing the model was made for.
-TEXT_SEQUENCES, TEXT_SEQUENCES_BESIDE_EVALUATION = 6, 2
-#: Evaluation sequences fed through `decode` alone.
-DECODED_EVALUATION_SEQUENCES = 2
+#: Evaluation sequences fed through `decode` alone; without an evaluation all texts are.
+DECODED_SEQUENCES = 4
 #: Evaluation prompts whose answers are compared row by row; enough to be most of all rows.
 EVALUATION_SEQUENCES = 40
 #: Evaluation pairs that the text of the long prompt repeats.
@@ -109,13 +107,12 @@ def build_short_cases(
     """Return the cases that do not depend on the context: the same inputs give the same cases.
 
     `encode` maps text to token ids as the source's tokenizer does; `evaluation` holds (prompt, answer) pairs. Where
-    there are any, most rows predict their answers: on other text a model trained for one purpose answers noise,
-    and the distance between two kinds of noise says little.
+    there are any, they take the place of the texts, and most rows predict answers: on other text a model trained for
+    one purpose answers noise, and the distance between two kinds of noise says little.
     """
     limit = min(SHORT_TOKENS, context_length)
-    texts = TEXTS[: TEXT_SEQUENCES_BESIDE_EVALUATION if evaluation else TEXT_SEQUENCES]
-    decoded = [prompt + answer for prompt, answer in evaluation[:DECODED_EVALUATION_SEQUENCES]]
-    sequences = [encode(text)[:limit] for text in (*decoded, *texts)]
+    texts = [prompt + answer for prompt, answer in evaluation[:DECODED_SEQUENCES]] or TEXTS
+    sequences = [encode(text)[:limit] for text in texts]
     cases = [Case("decode", tokens, 0, None) for tokens in sequences if len(tokens) > 1]
     for prompt, answer in evaluation[:EVALUATION_SEQUENCES]:
         tokens = encode(prompt + answer)
@@ -158,24 +155,29 @@ def first_line(text: str) -> str:
 
 
 def write_long_text(evaluation: Sequence[tuple[str, str]]) -> str:
-    """Return what the long prompt repeats: the first evaluation pairs, else plain text that most tokenizers know."""
-    return " ".join([prompt + answer for prompt, answer in evaluation[:LONG_PROMPT_PAIRS]] or TEXTS[:2])
+    """Return what the long prompt repeats and ends with: evaluation pairs, the last without its answer.
+
+    Without an evaluation it is plain text that most tokenizers know.
+    """
+    if not evaluation:
+        return " ".join(TEXTS[:2])
+    *pairs, (question, _) = evaluation[:LONG_PROMPT_PAIRS]
+    return " ".join([*(prompt + answer for prompt, answer in pairs), question])
 
 
 def fit_text(encode: Callable[[str], Tokens], limit_tokens: int, base: str) -> str:
-    """Return `base`, repeated and cut: exactly `limit_tokens` tokens where characters allow it, never more."""
-    base += " "
+    """Return `base`, repeated and cut in front: exactly `limit_tokens` tokens where characters allow it, never more."""
     tokens_each = max(1, len(encode(base)) // 2)
-    text = base * (max(1, limit_tokens) // tokens_each + 1)
+    text = " ".join([base] * (max(1, limit_tokens) // tokens_each + 2))
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        if len(encode(text[:middle])) <= limit_tokens:
+        if len(encode(text[-middle:])) <= limit_tokens:
             low = middle
         else:
             high = middle - 1
-    text = text[:low]
-    candidates = [text, *(text + more for more in ("!", "!?", "!?!", "7", "7+", " z", "z!"))]
+    text = text[-low:].lstrip()
+    candidates = [text, *(more + text for more in ("!", "?!", "!?!", "7", "+7", "z ", "!z "))]
     return max((each for each in candidates if len(encode(each)) <= limit_tokens), key=lambda each: len(encode(each)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def answer_case(source: Source, case: probe.Case) -> probe.Floats:
 
 @dataclass(frozen=True)
 class LongAnswer:
-    """A prompt that nearly fills the context, continued greedily to its end, past stop tokens too."""
+    """A prompt that nearly fills the context, continued greedily; behind a stop token the prompt begins anew."""
 
     prompt: str
     prompt_tokens: int
@@ -216,8 +216,12 @@ def answer_long(source: Source, prompt: str, windows: Sequence[probe.Window], co
     cache = output.past_key_values
     rows = dict(zip(kept, output.logits[0].float().numpy(), strict=True))
     require_finite(rows[count - 1])
+    fresh: Iterator[int] | None = None
     for position in range(count, context_length):
-        tokens.append(int(rows[position - 1].argmax()))
+        chosen = int(rows[position - 1].argmax()) if fresh is None else next(fresh)
+        tokens.append(chosen)
+        if chosen in source.stop_tokens and fresh is None:
+            fresh = iter(tokens[:])
         output = source.model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
         rows[position] = output.logits[0, -1].float().numpy()
     return LongAnswer(prompt, count, tokens, rows)
