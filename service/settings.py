@@ -6,6 +6,7 @@ Owns every tunable of the service and the workers, with its unit in its name. Ca
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,8 +92,12 @@ class Settings(BaseSettings):
     @field_validator("allowed_hosts", "source_roots", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """Environment lists are separated like PATH."""
-        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+        """People separate lists like PATH; JSON, which `to_environment` writes, also takes names with a colon."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(part for part in value.split(os.pathsep) if part)
 
     @field_validator("data_dir")
     @classmethod
@@ -113,7 +118,13 @@ class Settings(BaseSettings):
     @property
     def ledger_url(self) -> str:
         """The database URL in force."""
-        return self.database_url or f"sqlite:///{self.data_dir / 'ledger.db'}"
+        if self.database_url:
+            return self.database_url
+        # Takes a while to import, and clients have no ledger.
+        from sqlalchemy.engine import URL
+
+        # A folder's name may hold what means something in a URL.
+        return URL.create("sqlite", database=str(self.data_dir / "ledger.db")).render_as_string()
 
     @property
     def object_store_url(self) -> str:
@@ -155,8 +166,8 @@ class Settings(BaseSettings):
         """Return the variables that give a subprocess these same settings."""
         variables: dict[str, str] = {}
         for name, value in self.model_dump().items():
-            parts = value if isinstance(value, tuple) else (value,)
-            variables[f"EDGEKILN_{name.upper()}"] = os.pathsep.join(str(part) for part in parts)
+            text = json.dumps([str(part) for part in value]) if isinstance(value, tuple) else str(value)
+            variables[f"EDGEKILN_{name.upper()}"] = text
         return variables
 
 

@@ -19,6 +19,7 @@ import alembic.command
 import alembic.config
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase
 
@@ -125,8 +126,9 @@ def reads(
 
 def migrate(url: str) -> None:
     """Bring the database to the newest schema; safe when several processes start at once."""
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     config = alembic.config.Config()
     config.set_main_option("script_location", str(resources.files("migrations")))
     config.attributes["url"] = url
@@ -145,7 +147,7 @@ def _may_repeat(error: DBAPIError) -> bool:
 
 
 def _make_engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
+    if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
     engine = create_engine(
         url, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_size=10, max_overflow=20
