@@ -67,6 +67,12 @@ def test_inputs_are_left_as_they_were(reauthored_workshop: Workshop, answers: Pa
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("kind", ["tflite", "litertlm"])
+def test_figures_are_the_same_twice(reauthored_workshop: Workshop, answers: Path, tmp_path: Path, kind: str) -> None:
+    first, second = (prove(reauthored_workshop, answers, tmp_path, kind, "dynamic_int8") for _ in range(2))
+    assert first == second
+
+
 def test_source_answers_the_same_bytes_twice(tiny_checkpoint: Path, answers: Path, tmp_path: Path) -> None:
     reference.run(LENGTHS, {"checkpoint": tiny_checkpoint}, tmp_path, ignore)
     for name in ("reference.npz", "reference.json", "tokenizer.json"):

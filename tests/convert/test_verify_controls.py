@@ -150,6 +150,9 @@ def test_wrong_rope_theta_is_rejected_under_every_kind_of_limits(example: Exampl
 @pytest.mark.parametrize("bundle_format", ["litertlm", "task"])
 def test_sound_bundle_passes_and_stops_where_the_source_stops(example: Example, bundle_format: str) -> None:
     figures = example.measure_bundle(example.workshop.bundle("none", bundle_format).parent, bundle_format)
+    document = json.loads((example.reference / "reference.json").read_text(encoding="utf-8"))
+    (long,) = (prompt for prompt in document["prompts"] if prompt.get("fills_context"))
+    assert long["stopped"], "the context must be shown to be usable although the answer to the long prompt is short"
     assert refused("none", figures) == set()
     assert figures["generation"]["stops_expected"] >= 200
     assert figures["generation"]["stops_missed"] == 0

@@ -41,7 +41,7 @@ SURE_MARGIN = math.log(2.0)
 #: Rows compared after each prefill chunk and at the end of the context.
 WINDOW_ROWS = 8
 #: Most rows of one short sequence; also the longest sequence that is fed through `decode` alone, in tokens.
-SHORT_TOKENS = 12
+SHORT_TOKENS = 10
 #: Evaluation sequences fed through `decode` alone; without an evaluation all texts are.
 DECODED_SEQUENCES = 4
 #: Evaluation prompts whose answers are compared row by row; enough to be most of all rows.
@@ -177,6 +177,9 @@ def fit_text(encode: Callable[[str], Tokens], limit_tokens: int, base: str) -> s
         else:
             high = middle - 1
     text = text[-low:].lstrip()
+    # Without the blank before it the first word may be other tokens, and more.
+    while len(encode(text)) > limit_tokens:
+        text = text[1:].lstrip()
     candidates = [text, *(more + text for more in ("!", "?!", "!?!", "7", "+7", "z ", "!z "))]
     return max((each for each in candidates if len(encode(each)) <= limit_tokens), key=lambda each: len(encode(each)))
 

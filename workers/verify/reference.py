@@ -29,7 +29,7 @@ ANSWERS_FILE = "reference.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 #: Tokens generated for each fixed prompt, at most.
-GENERATED_TOKENS = 16
+GENERATED_TOKENS = 12
 #: Prompts of one batch; equal lengths only, so that no padding is needed.
 BATCH_PROMPTS = 64
 #: Room for a stop token and a little babble behind the longest answer.

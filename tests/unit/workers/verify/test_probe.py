@@ -153,8 +153,20 @@ def test_evaluation_that_the_context_does_not_hold_is_no_case() -> None:
     assert count_rows(probe.build_short_cases(encode, [("1" * 64, "2")], 64), "evaluation") == 0
 
 
-def test_long_text_is_of_the_evaluation_where_there_is_one() -> None:
-    assert probe.write_long_text([("1+1=", "2"), ("2+3=", "5")]) == "1+1=2 2+3=5"
+@pytest.mark.parametrize("limit_tokens", [3, 8, 50])
+def test_fitted_text_has_no_more_tokens_where_a_blank_belongs_to_its_word(limit_tokens: int) -> None:
+    def encode_words(text: str) -> list[int]:
+        return [0] * (text.count(" long") + len(text.replace(" long", "")))
+
+    assert len(encode_words(probe.fit_text(encode_words, limit_tokens, "long long"))) <= limit_tokens
+
+
+def test_fitted_text_ends_as_its_base_does() -> None:
+    assert probe.fit_text(encode, 30, "1+1=2 2+3=").endswith(" 1+1=2 2+3=")
+
+
+def test_long_text_is_of_the_evaluation_where_there_is_one_and_ends_with_a_question() -> None:
+    assert probe.write_long_text([("1+1=", "2"), ("2+3=", "5")]) == "1+1=2 2+3="
     assert probe.write_long_text([]).startswith(probe.TEXTS[0])
 
 
