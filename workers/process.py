@@ -64,7 +64,7 @@ class WorkerProcess:
         self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
         self.store = open_configured_store(settings)
         self.runner = Runner(
-            settings, self.database, self.store, self.sandbox, self.worker_id, toolchain, cores, self._work_dir.path
+            settings, self.database, self.store, self.sandbox, self.worker_id, toolchain, self._work_dir.path
         )
         self._closed = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)

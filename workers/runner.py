@@ -62,7 +62,6 @@ class Runner:
         sandbox: Sandbox,
         worker_id: str,
         toolchain: Toolchain,
-        cores: int,
         work_dir: Path,
     ) -> None:
         self._settings = settings
@@ -72,7 +71,8 @@ class Runner:
         self._worker_id = worker_id
         self._toolchain = toolchain
         self._work_dir = work_dir
-        self._benchmark = {"processes": settings.benchmark_processes, "threads": cores}
+        # The host that measures chooses the threads: it may have more or fewer cores than this one.
+        self._benchmark = {"processes": settings.benchmark_processes}
         self._shutdown = threading.Event()
         self.policy = claims.LeasePolicy(
             lease_s=settings.lease_s,

@@ -1,0 +1,112 @@
+"""The runner between a real ledger, a store that may be away, and a child that is played."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from service.ledger import views
+from service.ledger.database import Database
+from service.ledger.tables import Step
+from service.settings import load_settings
+from service.storage.folder import FolderStore
+from tests.ledger_play import TENANT, TOOLCHAIN, Play
+from workers.process import identify_host
+from workers.runner import Runner
+from workers.sandbox import ChildResult, Sandbox
+
+#: What a child does: gets the arguments of `Sandbox.run`, returns how it ended.
+Act = Callable[..., ChildResult]
+
+
+class PlayedSandbox(Sandbox):
+    """Runs no process: `act` says how a child ends; its files are in the step's folder."""
+
+    def __init__(self, act: Act) -> None:
+        self._act = act
+
+    def warm(self, pool: str) -> None:
+        pass
+
+    def run(self, target: str, params: Any, inputs: Any, step_dir: Path, **options: Any) -> ChildResult:
+        (step_dir / "output").mkdir(parents=True)
+        (step_dir / "log.txt").write_text("last words\n")
+        return self._act(step_dir=step_dir, params=params, **options)
+
+
+def ended(step_dir: Path, **how: Any) -> ChildResult:
+    """Return the end of a child, by default the success of `resolve`."""
+    usual: dict[str, Any] = {
+        "figures": None if how.get("error") else {"source": {"kind": "folder", "path": "/models", "revision": "x"}},
+        "error": None,
+        "stopped": None,
+        "output_dir": step_dir / "output",
+        "log_path": step_dir / "log.txt",
+        "peak_rss_bytes": 2,
+        "peak_anon_bytes": 1,
+        "duration_s": 1.0,
+        "isolation": "strong",
+        "isolation_reasons": (),
+    }
+    return ChildResult(**{**usual, **how})
+
+
+class Bench:
+    """A ledger with a submitted job, and runners on it."""
+
+    def __init__(self, folder: Path, database: Database) -> None:
+        self.folder = folder
+        self.play = Play(database, host=identify_host())
+        self.job_id = self.play.submit()
+        self.store = FolderStore(folder / "store")
+
+    def make_runner(self, act: Act, **settings: Any) -> Runner:
+        settings = {"data_dir": self.folder, "retry_pause_s": 0.0, **settings}
+        return Runner(
+            load_settings(settings),
+            self.play.database,
+            self.store,
+            PlayedSandbox(act),
+            self.play.worker_id,
+            TOOLCHAIN,
+            self.folder / "work",
+        )
+
+    def step(self, kind: str = "resolve") -> dict[str, Any]:
+        return next(step for step in self.play.job(self.job_id)["steps"] if step["kind"] == kind)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, sqlite_ledger_url: str) -> Iterator[Bench]:
+    database = Database(sqlite_ledger_url)
+    yield Bench(tmp_path, database)
+    database.close()
+
+
+def test_a_step_that_succeeds_is_recorded(bench: Bench) -> None:
+    """Control: the played child is taken for a real one."""
+    assert bench.make_runner(lambda step_dir, **_: ended(step_dir)).run_next("fetch")
+    step = bench.step()
+    assert step["state"] == "succeeded", step
+    (log,) = views.list_logs(bench.play.database, TENANT, bench.job_id)
+    assert (log["kind"], log["state"]) == ("resolve", "succeeded")
+    assert log["log_digest"] is not None
+    assert not list((bench.folder / "work").iterdir())
+
+
+def test_the_measuring_host_chooses_its_threads(bench: Bench) -> None:
+    bench.play.submit(devices=["host"])
+    while (claim := bench.play.claim("fetch")) is not None:
+        bench.play.finish(claim, outputs=[])
+    figures = {"engines": {"auto": "reauthored"}, "prefill_lengths": [8], "context_length": 64}
+    runner = bench.make_runner(lambda step_dir, **_: ended(step_dir, figures=figures), benchmark_processes=3)
+    while runner.run_next("light"):
+        pass
+    statement = select(Step.params).where(Step.kind == "benchmark")
+    found = bench.play.database.read(lambda connection: connection.execute(statement).scalars().all())
+    assert [params["processes"] for params in found] == [3] * len(found) != []
+    assert not [params for params in found if "threads" in params]
