@@ -155,6 +155,14 @@ class InvalidSettings(EdgeKilnError):
     code = "invalid_settings"
 
 
+class LedgerBusy(EdgeKilnError):
+    """The ledger had no connection to spare, or others changed the same rows too often; nothing was written."""
+
+    code = "ledger_busy"
+    retryable = True
+    http_status = 503
+
+
 class ServiceUnavailable(EdgeKilnError):
     """The server cannot be reached or is not ready."""
 

@@ -28,6 +28,7 @@ from service.errors import (
     BlobMissing,
     EdgeKilnError,
     LeaseLost,
+    LedgerBusy,
     RemoteError,
     ToolchainChanged,
     describe_bug,
@@ -45,8 +46,8 @@ from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
 
 log = logging.getLogger(__name__)
 
-#: The ledger does not answer, or its disk is full. Not what a wrong statement raises: that is a bug.
-_LEDGER_AWAY = (OperationalError, InterfaceError)
+#: The ledger does not answer, or not in time, or its disk is full. Not what a wrong statement raises: that is a bug.
+_LEDGER_AWAY = (OperationalError, InterfaceError, LedgerBusy)
 #: Progress is written to the ledger at most this often.
 _PROGRESS_S = 1.0
 

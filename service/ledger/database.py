@@ -10,7 +10,8 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,9 +22,10 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase
 
-from service.errors import Conflict
+from service.errors import LedgerBusy
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -32,6 +34,8 @@ T = TypeVar("T")
 #: Deadlock, serialization failure, lock timeout: the transaction did nothing and may run again.
 _RETRYABLE_SQLSTATES = {"40P01", "40001", "55P03"}
 _TRANSACTION_TRIES = 10
+#: Half the longest pause before the second try; doubles each time.
+_PAUSE_S = 0.01
 
 
 class Transaction:
@@ -71,33 +75,45 @@ class Database:
         self.engine.dispose()
 
     def write(self, function: Callable[[Transaction], T]) -> T:
-        """Run `function` in one transaction; repeat it after a deadlock; poke after the commit."""
+        """Run `function` in one transaction; repeat it after a deadlock; poke after the commit.
+
+        Raises `LedgerBusy` when there is no connection to spare, or when the repetitions are used up.
+        """
         for attempt in range(_TRANSACTION_TRIES):
+            # Rivals that met once must not meet again.
+            time.sleep(random.uniform(0, _PAUSE_S * 2**attempt) if attempt else 0)
             try:
-                with self.engine.connect() as connection:
-                    with connection.begin():
-                        transaction = Transaction(connection)
-                        result = function(transaction)
-                if transaction.due_classes:
-                    self.poke(sorted(transaction.due_classes))
-                return result
-            except StaleView:
-                continue
-            except DBAPIError as error:
-                if not _may_repeat(error) or attempt == _TRANSACTION_TRIES - 1:
+                with self._connect() as connection, connection.begin():
+                    transaction = Transaction(connection)
+                    result = function(transaction)
+            except (StaleView, DBAPIError) as error:
+                if isinstance(error, DBAPIError) and not _may_repeat(error):
                     raise
-                time.sleep(random.uniform(0, 0.02 * 2**attempt))
-        raise Conflict("The ledger is too busy to make this change; try again.")
+                cause = error
+                continue
+            if transaction.due_classes:
+                self.poke(sorted(transaction.due_classes))
+            return result
+        raise LedgerBusy("The ledger is too busy to make this change; try again.") from cause
 
     def read(self, function: Callable[[Connection], T]) -> T:
-        """Run `function` on one consistent snapshot."""
-        with self.engine.connect() as connection:
+        """Run `function` on one consistent snapshot; raises `LedgerBusy` when there is no connection to spare."""
+        with self._connect() as connection:
             if connection.dialect.name == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             else:
                 connection = connection.execution_options(is_read=True)
             with connection.begin():
                 return function(connection)
+
+    @contextmanager
+    def _connect(self) -> Iterator[Connection]:
+        try:
+            connection = self.engine.connect()
+        except PoolTimeout as error:
+            raise LedgerBusy("Every connection to the ledger is in use; try again.") from error
+        with connection:
+            yield connection
 
 
 def writes(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from service.ledger import views
+from service.errors import LedgerBusy
+from service.ledger import claims, results, views
 from service.ledger.database import Database
 from service.ledger.tables import Step
 from service.settings import load_settings
@@ -110,3 +111,18 @@ def test_the_measuring_host_chooses_its_threads(bench: Bench) -> None:
     found = bench.play.database.read(lambda connection: connection.execute(statement).scalars().all())
     assert [params["processes"] for params in found] == [3] * len(found) != []
     assert not [params for params in found if "threads" in params]
+
+
+def test_a_ledger_that_is_busy_fails_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be_busy(*_: Any) -> None:
+        raise LedgerBusy("Every connection is in use.")
+
+    monkeypatch.setattr(claims, "report_progress", be_busy)
+    monkeypatch.setattr(results, "finish_step", be_busy)
+
+    def act(step_dir: Path, on_progress: Callable[[str, float], None], **_: Any) -> ChildResult:
+        on_progress("hashing", 0.1)
+        return ended(step_dir)
+
+    assert bench.make_runner(act).run_next("fetch")
+    assert bench.step()["state"] == "running", "its lease runs out, and it is taken up again"
