@@ -18,7 +18,7 @@ from service.ledger import claims, publications
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, canonical_json
 from service.requests import parse_request
-from service.storage import ObjectStore, manifest_key
+from service.storage import ObjectStore, blob_key, manifest_key
 
 #: Version of the manifest's layout: add fields, never rename them.
 MANIFEST_SCHEMA = "edgekiln/manifest/1"
@@ -36,6 +36,9 @@ def publish(database: Database, store: ObjectStore, claim: claims.Claim, toolcha
     provenance = publications.read_provenance(database, claim)
     drafts = [_draft(kind, claim, provenance, toolchain, figures, verdicts) for kind in claim.params["formats"]]
     drafts = publications.record_publications(database, claim, drafts)
+    for draft in drafts:
+        # Nothing becomes visible whose bytes the store has lost.
+        store.stat(blob_key(draft.digest))
     # 3. upload
     for draft in drafts:
         store.put_bytes(manifest_key(draft.manifest_digest), draft.manifest.encode())

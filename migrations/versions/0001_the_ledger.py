@@ -266,9 +266,22 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("variant_id", "step_id", name=op.f("pk_variant_steps")),
     )
     op.create_index("ix_variant_steps_step", "variant_steps", ["step_id"], unique=False)
+    op.create_index("ix_publications_job", "publications", ["job_id"], unique=False)
+    op.create_index("ix_publications_step", "publications", ["step_id"], unique=False)
+    op.create_index(
+        "ix_events_progress",
+        "events",
+        ["job_id"],
+        unique=False,
+        postgresql_where=sa.text("kind = 'progress'"),
+        sqlite_where=sa.text("kind = 'progress'"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_index("ix_events_progress", table_name="events")
+    op.drop_index("ix_publications_step", table_name="publications")
+    op.drop_index("ix_publications_job", table_name="publications")
     op.drop_index("ix_variant_steps_step", table_name="variant_steps")
     op.drop_table("variant_steps")
     op.drop_table("step_outputs")

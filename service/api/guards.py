@@ -14,7 +14,7 @@ import anyio.to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import HostNotAllowed, OriginNotAllowed, PayloadTooLarge, Unauthorized
+from service.errors import HostNotAllowed, InvalidRequest, OriginNotAllowed, PayloadTooLarge, Unauthorized
 from service.ledger.access import DEFAULT_TENANT
 from service.settings import Settings
 
@@ -52,6 +52,8 @@ class HostGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check Host, then Origin."""
         if scope["type"] == "http":
+            if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                raise InvalidRequest("The request's address holds a NUL character; nothing here is named so.")
             headers = Headers(scope=scope)
             name = host_name(headers.get("host", ""))
             if not self._is_mine(name, scope):

@@ -7,7 +7,7 @@ written. What an attempt yields is recorded by `service.ledger.results`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from service.ledger.tables import (
 
 #: How many due steps a claim looks at before it gives up to rivals.
 _CANDIDATES = 8
+#: A worker that was silent this long is not counted on; its steps pass on by their leases, much earlier.
+WORKER_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,23 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
 
     Due is what is queued, and what runs under an expired lease. The order is priority, then age.
     """
-    worker = tx.connection.execute(select(Worker.host_id, Worker.slots).where(Worker.id == worker_id)).one()
+    worker = tx.connection.execute(
+        select(Worker.host_id, Worker.slots, Worker.toolchain_id, Worker.toolchain).where(Worker.id == worker_id)
+    ).one()
     locks.lock_host(tx, worker.host_id)
     if not _has_room(tx, worker_id, worker.host_id, resource_class, worker.slots.get(resource_class, 0), policy):
         return None
-    for step_id in _due_step_ids(tx, resource_class):
-        job_ids = locks.lock_step_with_jobs(tx, step_id)
-        if _end_hopeless(tx, step_id, job_ids, policy):
+    due = _due_step_ids(tx, resource_class, worker)
+    for step_id in due:
+        locks.lock_step_with_jobs(tx, step_id)
+        if _end_hopeless(tx, step_id, policy):
             continue
         claim = _take(tx, step_id, worker_id, policy.lease_s)
         if claim is not None:
-            settle(tx, step_id, live_job_ids(tx, step_id))
+            settle(tx, step_id)
+            if len(due) > 1:
+                # One wake-up, one step: whoever claims one of several wakes the next.
+                tx.due_classes.add(resource_class)
             return claim
     return None
 
@@ -122,13 +130,23 @@ def _has_room(
         return not running
     if any(name == "device" for name, _, _ in running):
         return False
-    # A benchmark that has waited long enough holds other work back until the host is idle.
+    # A benchmark that has waited long enough holds other work back where it can run, until that host is idle.
+    if not any(slots.get("device", 0) > 0 for slots in _live_slots(tx.connection, host_id)):
+        return True
     impatient = select(Step.id).where(
-        Step.state == StepState.QUEUED,
+        _is_due(),
         Step.resource_class == "device",
         Step.queued_at < now(-policy.benchmark_patience_s),
     )
     return tx.connection.execute(impatient.limit(1)).first() is None
+
+
+def _live_slots(connection: Connection, host_id: str | None = None) -> list[dict[str, int]]:
+    """Slots of the workers heard of lately, of one host or of all."""
+    statement = select(Worker.slots).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
+    if host_id is not None:
+        statement = statement.where(Worker.host_id == host_id)
+    return list(connection.execute(statement).scalars())
 
 
 def _is_due() -> Any:
@@ -138,17 +156,38 @@ def _is_due() -> Any:
     )
 
 
-def _due_step_ids(tx: Transaction, resource_class: str) -> list[str]:
+def _due_step_ids(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
+    """Return the most urgent due steps that this worker's tools may make, or that no live worker's may.
+
+    The latter are claimed to be failed with a sentence: nobody will ever come for them.
+    """
+    mine = _is_made_by(worker)
+    others = tx.connection.execute(
+        select(Worker.toolchain_id, Worker.toolchain).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
+    ).all()
+    is_orphan = ~or_(mine, *(_is_made_by(other) for other in others))
     rows = tx.connection.execute(
         select(Step.id)
-        .where(Step.resource_class == resource_class, _is_due())
+        .where(Step.resource_class == resource_class, _is_due(), or_(mine, is_orphan))
         .order_by(Step.priority.desc(), Step.queued_at, Step.id)
         .limit(_CANDIDATES)
     )
     return list(rows.scalars())
 
 
-def _end_hopeless(tx: Transaction, step_id: str, job_ids: Sequence[str], policy: LeasePolicy) -> bool:
+def _is_made_by(worker: Any) -> Any:
+    """Whether a step was planned for a worker's tools; steps that make no bytes are planned for none."""
+    revisions = worker.toolchain["revisions"].items()
+    return or_(
+        Step.revision == "",
+        and_(
+            Step.toolchain_id == worker.toolchain_id,
+            or_(*(and_(Step.kind == kind, Step.revision == revision) for kind, revision in revisions)),
+        ),
+    )
+
+
+def _end_hopeless(tx: Transaction, step_id: str, policy: LeasePolicy) -> bool:
     """End a step whose holder vanished and which must not be taken over; return whether it was ended."""
     row = tx.connection.execute(
         select(Step.kind, Step.token, Step.pinned_at, Step.loss_count).where(
@@ -159,10 +198,7 @@ def _end_hopeless(tx: Transaction, step_id: str, job_ids: Sequence[str], policy:
         return False
     error: EdgeKilnError
     if row.pinned_at is not None:
-        error = StepLost(
-            f"The worker vanished while this {row.kind} was being measured. A measurement is never repeated by "
-            "itself; retry the job to measure again."
-        )
+        error = _lost_measurement(row.kind)
     elif row.loss_count + 1 >= policy.max_losses:
         error = Parked(
             f"This {row.kind} step lost {policy.max_losses} workers in a row and was given up. "
@@ -172,7 +208,7 @@ def _end_hopeless(tx: Transaction, step_id: str, job_ids: Sequence[str], policy:
         return False
     close_attempt(tx, step_id, row.token, AttemptState.LOST, error=error.to_json())
     move_step(tx, step_id, StepEvent.FAIL, token=row.token, error=error.to_json())
-    settle(tx, step_id, job_ids)
+    settle(tx, step_id)
     return True
 
 
@@ -188,6 +224,7 @@ def _take(tx: Transaction, step_id: str, worker_id: str, lease_s: float) -> Clai
         worker_id=worker_id,
         lease_expires_at=now(lease_s),
         run_after=None,
+        pinned_at=None,
         progress=None,
         **({"loss_count": Step.loss_count + 1} if was_running else {}),
     ):
@@ -288,18 +325,35 @@ def _fenced(tx: Transaction, claim: Claim, **values: Any) -> None:
 
 @writes
 def release_step(tx: Transaction, claim: Claim) -> None:
-    """Give a step back unharmed (the worker shuts down); never counted against it. No error when it is lost."""
-    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
-    if move_step(tx, claim.step_id, StepEvent.RELEASE, token=claim.token, progress=None):
+    """Give a step back unharmed (the worker shuts down); never counted against it. No error when it is lost.
+
+    A measurement that had begun is not repeated by itself: it ends as lost.
+    """
+    locks.lock_step_with_jobs(tx, claim.step_id)
+    pinned_at = tx.connection.execute(select(Step.pinned_at).where(Step.id == claim.step_id)).scalar_one()
+    if pinned_at is not None:
+        error = _lost_measurement(claim.kind).to_json()
+        if move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, error=error):
+            close_attempt(tx, claim.step_id, claim.token, AttemptState.LOST, error=error)
+            settle(tx, claim.step_id)
+    elif move_step(tx, claim.step_id, StepEvent.RELEASE, token=claim.token, progress=None):
         close_attempt(tx, claim.step_id, claim.token, AttemptState.RELEASED)
-        settle(tx, claim.step_id, job_ids)
+        settle(tx, claim.step_id)
+
+
+def _lost_measurement(kind: str) -> StepLost:
+    return StepLost(
+        f"The worker ended while this {kind} was being measured. A measurement is never repeated by itself; "
+        "retry the job to measure again."
+    )
 
 
 @reads
 def due_classes(connection: Connection) -> list[str]:
-    """Return the resource classes with due work."""
+    """Return the resource classes with due work that some live worker has slots for."""
     statement = select(Step.resource_class).where(_is_due()).distinct().order_by(Step.resource_class)
-    return list(connection.execute(statement).scalars())
+    served = {name for slots in _live_slots(connection) for name, count in slots.items() if count > 0}
+    return [name for name in connection.execute(statement).scalars() if name in served]
 
 
 @writes
@@ -307,5 +361,5 @@ def end_hopeless_steps(tx: Transaction, policy: LeasePolicy) -> None:
     """End the steps whose workers vanished and that nobody may take over."""
     statement = select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now())
     for step_id in tx.connection.execute(statement.order_by(Step.id)).scalars().all():
-        job_ids = locks.lock_step_with_jobs(tx, step_id)
-        _end_hopeless(tx, step_id, job_ids, policy)
+        locks.lock_step_with_jobs(tx, step_id)
+        _end_hopeless(tx, step_id, policy)

@@ -43,7 +43,7 @@ def add_steps(
     for spec in specs:
         position += 1
         input_ids = {name: known_steps[supplier] for name, supplier in spec.inputs.items()}
-        step_id, was_there = _ensure_step(tx, job, spec, toolchain, input_ids, checkpoint_digest)
+        step_id, was_there = _ensure_step(tx, job_id, job, spec, toolchain, input_ids, checkpoint_digest)
         known_steps[spec.name] = step_id
         _link(tx, job_id, step_id, position, was_there)
         _serve(tx, step_id, [variant_ids[name] for name in spec.variants])
@@ -82,6 +82,7 @@ def _serve(tx: Transaction, step_id: str, variant_ids: Sequence[str]) -> None:
 
 def _ensure_step(
     tx: Transaction,
+    job_id: str,
     job: Any,
     spec: StepSpec,
     toolchain: Toolchain,
@@ -99,6 +100,8 @@ def _ensure_step(
     input_keys = {name: inputs[step_id].key for name, step_id in input_ids.items() if inputs[step_id].kind != "fetch"}
     revision = toolchain.revisions.get(spec.kind, "")
     key = step_key(spec.kind, spec.params, checkpoint_digest, input_keys, toolchain.id, revision)
+    if not spec.shared and (own := _find_own_step(tx, job_id, key)) is not None:
+        return own, True
     is_due = all(row.state == StepState.SUCCEEDED for row in inputs.values())
     values = {
         "id": new_id("step"),
@@ -125,6 +128,21 @@ def _ensure_step(
     if is_due:
         tx.due_classes.add(spec.resource_class)
     return str(values["id"]), False
+
+
+def _find_own_step(tx: Transaction, job_id: str, key: str) -> str | None:
+    """Return the job's own step that has done this work already (a measurement that a retry need not repeat)."""
+    statement = (
+        select(Step.id)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(
+            JobStep.job_id == job_id,
+            JobStep.superseded.is_(False),
+            Step.key == key,
+            Step.state == StepState.SUCCEEDED,
+        )
+    )
+    return tx.connection.execute(statement.limit(1)).scalar_one_or_none()
 
 
 def _insert_step(tx: Transaction, values: dict[str, Any], shared: bool) -> bool:

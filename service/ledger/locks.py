@@ -1,7 +1,8 @@
 """Row locks, in one order: host, jobs by id, steps by id, blobs by digest.
 
-Without them two inputs that finish at the same instant each see the other as unfinished and strand their
-dependent. SQLite has one writer at a time (`BEGIN IMMEDIATE`) and needs none of this.
+Without them two inputs that finish at the same instant each see the other as unfinished and strand their dependent.
+The locks are `FOR NO KEY UPDATE`, so that a row that merely refers to a locked one can still be written. SQLite has one
+writer at a time (`BEGIN IMMEDIATE`) and needs none of this.
 """
 
 from __future__ import annotations
@@ -17,26 +18,33 @@ from service.ledger.tables import Blob, Host, Job, JobStep, Step
 def lock_host(tx: Transaction, host_id: str) -> None:
     """Let one worker of a host claim at a time."""
     if tx.is_postgresql:
-        tx.connection.execute(select(Host.id).where(Host.id == host_id).with_for_update())
+        tx.connection.execute(select(Host.id).where(Host.id == host_id).with_for_update(key_share=True))
 
 
 def lock_jobs(tx: Transaction, job_ids: Iterable[str]) -> None:
     """Lock jobs in id order."""
     if tx.is_postgresql:
-        tx.connection.execute(select(Job.id).where(Job.id.in_(sorted(job_ids))).order_by(Job.id).with_for_update())
+        tx.connection.execute(
+            select(Job.id).where(Job.id.in_(sorted(job_ids))).order_by(Job.id).with_for_update(key_share=True)
+        )
 
 
 def lock_steps(tx: Transaction, step_ids: Iterable[str]) -> None:
     """Lock steps in id order, after their jobs."""
     if tx.is_postgresql:
-        tx.connection.execute(select(Step.id).where(Step.id.in_(sorted(step_ids))).order_by(Step.id).with_for_update())
+        tx.connection.execute(
+            select(Step.id).where(Step.id.in_(sorted(step_ids))).order_by(Step.id).with_for_update(key_share=True)
+        )
 
 
 def lock_blobs(tx: Transaction, digests: Iterable[str]) -> None:
     """Lock blobs in digest order, last of all."""
     if tx.is_postgresql:
         tx.connection.execute(
-            select(Blob.digest).where(Blob.digest.in_(sorted(digests))).order_by(Blob.digest).with_for_update()
+            select(Blob.digest)
+            .where(Blob.digest.in_(sorted(digests)))
+            .order_by(Blob.digest)
+            .with_for_update(key_share=True)
         )
 
 

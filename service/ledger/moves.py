@@ -70,8 +70,9 @@ def close_attempt(tx: Transaction, step_id: str, token: int, state: AttemptState
     )
 
 
-def settle(tx: Transaction, step_id: str, job_ids: Iterable[str]) -> None:
-    """Do everything that a step's new state entails for dependents, variants and jobs."""
+def settle(tx: Transaction, step_id: str) -> None:
+    """Do everything that a step's new state entails for dependents, variants and the jobs that still want it."""
+    job_ids = live_job_ids(tx, step_id)
     announce_step(tx, step_id, job_ids)
     step = tx.connection.execute(select(Step.state, Step.resource_class).where(Step.id == step_id)).one()
     if step.state == StepState.SUCCEEDED:
@@ -80,7 +81,7 @@ def settle(tx: Transaction, step_id: str, job_ids: Iterable[str]) -> None:
         _cancel_dependents(tx, step_id)
     elif step.state == StepState.QUEUED:
         tx.due_classes.add(step.resource_class)
-    for job_id in sorted(job_ids):
+    for job_id in job_ids:
         recompute_job(tx, job_id)
 
 

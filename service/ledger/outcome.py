@@ -37,7 +37,11 @@ def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantSt
     prelude = [step for step in steps if not step.variant_ids]
     served = [step for step in steps if variant_id in step.variant_ids]
     own = [step for step in served if step.kind != "benchmark"]
-    failure = _root_error(prelude) or (_root_error(own) and _root_error(served))
+    own_error = _root_error(own)
+    if own_error and not any(step.state == StepState.FAILED for step in own):
+        # Only consequences so far: the root is a benchmark that a gate waits for.
+        own_error = _root_error(served)
+    failure = _root_error(prelude) or own_error
     has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in own)
     is_planned = any(step.kind == "publish" for step in own)
     if (not is_planned and not failure) or any(step.state not in FINAL_STEP_STATES for step in own):

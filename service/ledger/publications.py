@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, insert, select, update
+from sqlalchemy import Connection, and_, delete, insert, select, update
 
 from service.errors import LeaseLost
 from service.ledger.claims import Claim
@@ -76,8 +76,12 @@ def read_provenance(connection: Connection, claim: Claim) -> Provenance:
     def visit(step_id: str) -> str:
         """Add a step after its inputs; return its key."""
         if step_id not in found:
+            # A shared step hangs on the fetch of whichever job came first; the checkpoint's digest says it all.
             edges = connection.execute(
-                select(StepInput.name, StepInput.input_id).where(StepInput.step_id == step_id).order_by(StepInput.name)
+                select(StepInput.name, StepInput.input_id)
+                .join(Step, Step.id == StepInput.input_id)
+                .where(StepInput.step_id == step_id, Step.kind != "fetch")
+                .order_by(StepInput.name)
             ).all()
             inputs = {name: visit(input_id) for name, input_id in edges}
             found[step_id] = _read_ancestor(connection, step_id, inputs)
@@ -117,7 +121,8 @@ def _read_ancestor(connection: Connection, step_id: str, inputs: Mapping[str, st
 def record_publications(tx: Transaction, claim: Claim, drafts: Sequence[Draft]) -> list[Draft]:
     """Record what a `publish` step is about to publish; return the drafts in force.
 
-    A draft recorded by an earlier attempt wins over a new one. Raises `LeaseLost`.
+    A draft recorded by an earlier attempt of the same step wins over a new one; what another step recorded and never
+    published is dropped. Raises `LeaseLost`.
     """
     held = and_(Step.id == claim.step_id, Step.token == claim.token, Step.state == StepState.RUNNING)
     if tx.connection.execute(update(Step).where(held).values(token=Step.token)).rowcount != 1:
@@ -125,17 +130,19 @@ def record_publications(tx: Transaction, claim: Claim, drafts: Sequence[Draft]) 
     variant_id = tx.connection.execute(
         select(VariantStep.variant_id).where(VariantStep.step_id == claim.step_id)
     ).scalar_one()
+    tx.connection.execute(
+        delete(Publication).where(
+            Publication.variant_id == variant_id,
+            Publication.published_at.is_(None),
+            Publication.step_id != claim.step_id,
+        )
+    )
     recorded = {
         row.kind: Draft(row.kind, row.name, row.digest, row.size_bytes, row.manifest_digest, row.manifest)
-        for row in tx.connection.execute(select(Publication.__table__).where(Publication.variant_id == variant_id))
+        for row in tx.connection.execute(select(Publication.__table__).where(Publication.step_id == claim.step_id))
     }
     for draft in drafts:
         if draft.kind in recorded:
-            tx.connection.execute(
-                update(Publication)
-                .where(Publication.variant_id == variant_id, Publication.kind == draft.kind)
-                .values(step_id=claim.step_id)
-            )
             continue
         tx.connection.execute(
             insert(Publication).values(

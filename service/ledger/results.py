@@ -20,16 +20,19 @@ from service.ledger.database import Transaction, writes
 from service.ledger.graph import add_steps
 from service.ledger.keys import Toolchain
 from service.ledger.moves import close_attempt, move_step, settle
-from service.ledger.plan import expand_planned, expand_resolved
+from service.ledger.plan import StepSpec, expand_planned, expand_resolved
 from service.ledger.states import FINAL_VARIANT_STATES, AttemptState, StepEvent, StepState
 from service.ledger.tables import (
     Attempt,
     Blob,
     Job,
+    JobStep,
     Publication,
     Step,
+    StepInput,
     StepOutput,
     Variant,
+    VariantStep,
 )
 from service.requests import parse_request
 
@@ -63,7 +66,7 @@ def finish_step(
     `toolchain` and `benchmark` enter the steps that a `resolve` or `plan` brings about. Raises `LeaseLost`, and
     `BlobCondemned` when an output is about to be swept and must be uploaded again.
     """
-    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
+    locks.lock_step_with_jobs(tx, claim.step_id)
     if not move_step(
         tx,
         claim.step_id,
@@ -75,22 +78,21 @@ def finish_step(
         error=None,
     ):
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
-    log = [success.usage.log] if success.usage.log else []
-    _commit_blobs(tx, [*success.outputs, *log])
+    _commit_blobs(tx, success.outputs)
     for output in success.outputs:
         tx.connection.execute(
             insert(StepOutput).values(
                 step_id=claim.step_id, name=output.name, digest=output.digest, size_bytes=output.size_bytes
             )
         )
-    close_attempt(tx, claim.step_id, claim.token, AttemptState.SUCCEEDED, **_usage_values(success.usage))
+    close_attempt(tx, claim.step_id, claim.token, AttemptState.SUCCEEDED, **_usage_values(tx, success.usage))
     if claim.kind == "publish":
         tx.connection.execute(
             update(Publication).where(Publication.step_id == claim.step_id).values(published_at=now())
         )
     if claim.job_id is not None:
         _expand(tx, claim, success.figures, toolchain, benchmark)
-    settle(tx, claim.step_id, job_ids)
+    settle(tx, claim.step_id)
 
 
 def _expand(
@@ -111,12 +113,36 @@ def _expand(
             select(Variant.name).where(Variant.job_id == job_id, Variant.state.not_in(FINAL_VARIANT_STATES))
         ).scalars()
     )
-    for asked, engine in figures["engines"].items():
+    for name, (asked, _) in request.variant_names.items():
         tx.connection.execute(
-            update(Variant).where(Variant.job_id == job_id, Variant.engine == asked).values(engine=engine)
+            update(Variant)
+            .where(Variant.job_id == job_id, Variant.name == name)
+            .values(engine=figures["engines"][asked])
         )
-    specs = [spec for spec in expand_planned(request, figures, benchmark) if open_variants.intersection(spec.variants)]
+    specs = _select_wanted(expand_planned(request, figures, benchmark), open_variants, _unmeasured_variants(tx, job_id))
     add_steps(tx, job_id, specs, toolchain, {"fetch": fetch.step_id}, fetch.figures["checkpoint_digest"])
+
+
+def _unmeasured_variants(tx: Transaction, job_id: str) -> set[str]:
+    """Names of variants whose benchmark a retry has set aside."""
+    statement = (
+        select(Variant.name)
+        .join(VariantStep, VariantStep.variant_id == Variant.id)
+        .join(Step, Step.id == VariantStep.step_id)
+        .join(JobStep, JobStep.step_id == Step.id)
+        .where(JobStep.job_id == job_id, Variant.job_id == job_id, JobStep.superseded, Step.kind == "benchmark")
+    )
+    return set(tx.connection.execute(statement).scalars())
+
+
+def _select_wanted(specs: Sequence[StepSpec], open_variants: set[str], unmeasured: set[str]) -> list[StepSpec]:
+    """Return the specs that serve an open variant or a missing measurement, with all that they need."""
+    wanted: set[str] = set()
+    for spec in reversed(specs):
+        is_measurement = spec.kind == "benchmark" and not unmeasured.isdisjoint(spec.variants)
+        if is_measurement or not open_variants.isdisjoint(spec.variants) or spec.name in wanted:
+            wanted |= {spec.name, *spec.inputs.values()}
+    return [spec for spec in specs if spec.name in wanted]
 
 
 def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
@@ -140,14 +166,25 @@ def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
         raise BlobCondemned("An output is about to be swept from the store; upload it again.", digests=list(condemned))
 
 
-def _usage_values(usage: Usage) -> dict[str, Any]:
+def _usage_values(tx: Transaction, usage: Usage) -> dict[str, Any]:
     return {
         "duration_s": usage.duration_s,
         "peak_rss_bytes": usage.peak_rss_bytes,
         "peak_anon_bytes": usage.peak_anon_bytes,
         "isolation": usage.isolation,
-        "log_digest": usage.log.digest if usage.log else None,
+        "log_digest": _commit_log(tx, usage.log),
     }
+
+
+def _commit_log(tx: Transaction, log: OutputFile | None) -> str | None:
+    """Enter an attempt's log; a condemned one is left out, for no outcome may be lost with its log."""
+    if log is None:
+        return None
+    try:
+        _commit_blobs(tx, [log])
+    except BlobCondemned:
+        return None
+    return log.digest
 
 
 @writes
@@ -157,7 +194,7 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
     A retryable error queues the step again after a pause, until it has failed `max_failures` times. Raises
     `LeaseLost`.
     """
-    job_ids = locks.lock_step_with_jobs(tx, claim.step_id)
+    locks.lock_step_with_jobs(tx, claim.step_id)
     document = error.to_json()
     is_retryable = bool(document["retryable"])
     before = tx.connection.execute(select(Step.failure_count, Step.pinned_at).where(Step.id == claim.step_id)).one()
@@ -177,32 +214,44 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
         )
     else:
         if document["code"] == ChildCrashed.code and failures >= policy.max_failures > 1:
-            parked = Parked(f"Given up after {failures} crashes. Last: {document['message']}", **document["details"])
+            parked = Parked(
+                f"Given up after {failures} failed attempts. Last: {document['message']}", **document["details"]
+            )
             document = parked.to_json()
         moved = move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document)
     if not moved:
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
-    _commit_blobs(tx, [usage.log] if usage.log else [])
-    close_attempt(tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(usage))
-    settle(tx, claim.step_id, job_ids)
+    close_attempt(
+        tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(tx, usage)
+    )
+    settle(tx, claim.step_id)
     return tries_again
 
 
 @writes
 def record_usage(tx: Transaction, claim: Claim, usage: Usage) -> None:
     """Keep what a cancelled or lost attempt cost, and its log; changes no state."""
-    _commit_blobs(tx, [usage.log] if usage.log else [])
     tx.connection.execute(
         update(Attempt)
         .where(Attempt.step_id == claim.step_id, Attempt.token == claim.token)
-        .values(**_usage_values(usage))
+        .values(**_usage_values(tx, usage))
     )
 
 
 @writes
 def retire_step(tx: Transaction, step_id: str) -> None:
-    """Let nobody join a succeeded step again: its blobs are gone or damaged."""
-    locks.lock_step_with_jobs(tx, step_id)
+    """Let nobody join a succeeded step again whose blobs are gone or damaged, nor what was made from it.
+
+    Made again, its bytes may differ in whatever the keys do not hold; what was proven of the old ones is no proof.
+    """
+    retired = {step_id}
+    newest = [step_id]
+    while newest:
+        statement = select(StepInput.step_id).where(StepInput.input_id.in_(newest))
+        newest = sorted(set(tx.connection.execute(statement).scalars()) - retired)
+        retired.update(newest)
     tx.connection.execute(
-        update(Step).where(Step.id == step_id, Step.state == StepState.SUCCEEDED).values(retired_at=now())
+        update(Step)
+        .where(Step.id.in_(sorted(retired)), Step.shared, Step.state == StepState.SUCCEEDED)
+        .values(retired_at=now())
     )

@@ -8,6 +8,8 @@ Digests are full SHA-256 hex. `tenant_id` stands in every row that a tenant can 
 from __future__ import annotations
 
 import datetime as dt
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -24,12 +26,40 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
 
 from service.ledger.clock import Instant
 from service.ledger.states import FINAL_JOB_STATES, FINAL_STEP_STATES, FINAL_VARIANT_STATES
 
-_DOCUMENT = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+class Document(TypeDecorator[Any]):
+    """JSON, cleaned of what no database or response can hold: NUL and lone surrogates become U+FFFD.
+
+    Errors quote checkpoints, and a checkpoint is a stranger's; its text must not keep a failure from being recorded.
+    """
+
+    impl = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Clean every text of a document."""
+        return _clean(value)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNSTORABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return value
+
+
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_DOCUMENT = Document()
 
 
 def _is_one_of(column: str, states: tuple[str, ...]) -> str:
@@ -204,7 +234,7 @@ class Step(Base):
     params: Mapped[dict[str, Any]]
     resource_class: Mapped[str] = mapped_column(String(16))
     state: Mapped[str] = mapped_column(String(16))
-    #: The highest priority of its live jobs.
+    #: The highest priority that any of its jobs had.
     priority: Mapped[int] = mapped_column(default=0)
     #: Fencing token: raised by every claim, demanded by every later write.
     token: Mapped[int] = mapped_column(default=0)
@@ -314,7 +344,11 @@ class Publication(Base):
     """An artifact that became, or is about to become, visible: once per job, variant and kind."""
 
     __tablename__ = "publications"
-    __table_args__ = (UniqueConstraint("variant_id", "kind"),)
+    __table_args__ = (
+        UniqueConstraint("variant_id", "kind"),
+        Index("ix_publications_job", "job_id"),
+        Index("ix_publications_step", "step_id"),
+    )
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
@@ -336,6 +370,15 @@ class Event(Base):
     """What happened to a job, in order."""
 
     __tablename__ = "events"
+    __table_args__ = (
+        # What housekeeping reads.
+        Index(
+            "ix_events_progress",
+            "job_id",
+            postgresql_where=text("kind = 'progress'"),
+            sqlite_where=text("kind = 'progress'"),
+        ),
+    )
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, and_, func, or_, select
 
 from service.errors import InvalidRequest, NotFound
 from service.ledger.database import reads
-from service.ledger.states import FINAL_JOB_STATES, JobState, StepState
+from service.ledger.states import FINAL_JOB_STATES, JobState
 from service.ledger.tables import Attempt, Event, Job, JobStep, Publication, Step, Variant, VariantStep
 
 
@@ -284,12 +284,3 @@ def list_artifacts(connection: Connection, tenant_id: str, job_id: str) -> list[
         .order_by(Variant.position, Publication.kind)
     )
     return [{**_artifact_document(row), "variant": row.variant} for row in rows]
-
-
-@reads
-def count_due_steps(connection: Connection) -> dict[str, int]:
-    """Return resource class -> queued steps."""
-    rows = connection.execute(
-        select(Step.resource_class, func.count()).where(Step.state == StepState.QUEUED).group_by(Step.resource_class)
-    )
-    return {resource_class: count for resource_class, count in rows}  # noqa: C416

@@ -24,7 +24,7 @@ def test_migrations_make_the_tables_that_the_code_knows(database: Database) -> N
 def test_a_missing_column_would_be_seen(database: Database) -> None:
     """Control: the comparison is not blind."""
     with database.engine.begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE events DROP COLUMN kind")
+        connection.exec_driver_sql("ALTER TABLE events DROP COLUMN created_at")
     with database.engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
     assert [difference[0] for difference in differences] == ["add_column"]
