@@ -35,7 +35,7 @@ from service.errors import (
 )
 from service.ledger import claims, results
 from service.ledger.database import Database
-from service.ledger.keys import Toolchain
+from service.ledger.keys import Toolchain, digest_json
 from service.settings import Settings
 from service.storage import ObjectStore, blob_key, digest_file
 from workers.catalog import CATALOG
@@ -178,14 +178,15 @@ class Runner:
         """The step's parameters, and what only this host knows; the latter never enters a key."""
         params = dict(claim.params)
         if claim.kind == "fetch":
-            params["cache_dir"] = str(prepare_folder(self._settings.cache_dir / "downloads", claim.key))
+            downloads = self._download_dir(claim)
+            params["cache_dir"] = str(prepare_folder(downloads.parent, downloads.name))
         if params.get("source", {}).get("kind") == "hub" and self._settings.hub_endpoint:
             params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
         return params
 
     def _download_dir(self, claim: claims.Claim) -> Path:
-        """Where partial downloads wait for the next attempt."""
-        return self._settings.cache_dir / "downloads" / claim.key
+        """Where partial downloads wait for the next attempt; no two tenants share one, though keys may be equal."""
+        return self._settings.cache_dir / "downloads" / digest_json([claim.tenant_id, claim.key])
 
     def _stop_reason(self, keeper: LeaseKeeper) -> StopReason | None:
         if keeper.is_lost:

@@ -126,3 +126,26 @@ def test_a_ledger_that_is_busy_fails_no_step(bench: Bench, monkeypatch: pytest.M
 
     assert bench.make_runner(act).run_next("fetch")
     assert bench.step()["state"] == "running", "its lease runs out, and it is taken up again"
+
+
+def test_tenants_that_fetch_the_same_share_no_downloads(bench: Bench) -> None:
+    other = Play(bench.play.database, "other", host="elsewhere")
+    other.submit()
+    for play in (bench.play, other):
+        claim = play.claim("fetch")
+        assert claim is not None
+        play.finish(claim)
+    seen = []
+
+    def act(step_dir: Path, params: dict[str, Any], writable: list[Path], **_: Any) -> ChildResult:
+        folder = Path(params["cache_dir"])
+        assert writable == [folder]
+        assert folder.is_dir()
+        seen.append(folder)
+        return ended(step_dir, figures={"checkpoint_digest": "0" * 64, "files": []})
+
+    runner = bench.make_runner(act)
+    assert runner.run_next("fetch")
+    assert runner.run_next("fetch")
+    assert len(set(seen)) == 2
+    assert not any(folder.exists() for folder in seen), "what is fetched needs no partial downloads"
