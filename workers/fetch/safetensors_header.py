@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import CheckpointInvalid
+from workers.fetch.strict_json import python_recursion_limit
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 200_000
@@ -180,7 +181,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         return built
 
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=build)
+        with python_recursion_limit():
+            document = json.loads(text.decode("utf-8"), object_pairs_hook=build)
     except (ValueError, RecursionError) as error:
         raise _refuse(path, f"has a header that is not JSON ({type(error).__name__})") from None
     if not isinstance(document, dict):

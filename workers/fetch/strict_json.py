@@ -50,7 +50,7 @@ def parse_json(data: bytes | str, name: str) -> Any:
 
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        with _python_recursion_limit():
+        with python_recursion_limit():
             return json.loads(text, object_pairs_hook=build, parse_constant=refuse_constant)
     except RecursionError:
         raise CheckpointInvalid(f"{name} is nested too deeply.", file=name) from None
@@ -62,7 +62,7 @@ def parse_json(data: bytes | str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _python_recursion_limit() -> Iterator[None]:
+def python_recursion_limit() -> Iterator[None]:
     """Parse under Python's own limit: converters raise it so far that nesting would overflow the C stack instead."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(min(limit, _RECURSION_LIMIT))
