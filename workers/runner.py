@@ -30,6 +30,7 @@ from service.errors import (
     LeaseLost,
     LedgerBusy,
     RemoteError,
+    StoreUnavailable,
     ToolchainChanged,
     describe_bug,
 )
@@ -50,6 +51,10 @@ log = logging.getLogger(__name__)
 _LEDGER_AWAY = (OperationalError, InterfaceError, LedgerBusy)
 #: Progress is written to the ledger at most this often.
 _PROGRESS_S = 1.0
+#: How long a finished step waits for a store that is away, and between tries: hours of work hang on an upload.
+_STORE_PATIENCE_S = 300.0
+_FIRST_STORE_PAUSE_S = 1.0
+_LONGEST_STORE_PAUSE_S = 10.0
 
 
 class Runner:
@@ -117,7 +122,11 @@ class Runner:
                         usage = self._measure(result)
                         if self._ended_by_us(claim, result, usage):
                             return
-                        success = self._collect(result, usage, keeper)
+                        if result.error is not None:
+                            usage = self._add_log(usage, result)
+                            raise result.error
+                        outputs = self._collect(result, keeper)
+                        success = results.Success(result.figures or {}, outputs, self._add_log(usage, result))
                     results.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
                     log.info("finished %s %s", claim.kind, claim.step_id)
                     if claim.kind == "fetch":
@@ -125,7 +134,10 @@ class Runner:
                 except (LeaseLost, *_LEDGER_AWAY):
                     raise
                 except EdgeKilnError as error:
-                    self._fail(claim, error, usage, step_dir)
+                    if error.to_json()["retryable"] and self._shutdown.is_set():
+                        self._give_back(claim)
+                    else:
+                        self._fail(claim, error, usage, step_dir)
                 except Exception as error:
                     log.exception("bug in %s %s", claim.kind, claim.step_id)
                     self._fail(claim, RemoteError(describe_bug(error)), usage, step_dir)
@@ -232,36 +244,59 @@ class Runner:
         if result.error is not None:
             # Half an output is of no use, and its log may find the disk full because of it.
             shutil.rmtree(result.output_dir, ignore_errors=True)
-        usage = results.Usage(
+        return results.Usage(
             duration_s=result.duration_s,
             peak_rss_bytes=result.peak_rss_bytes,
             peak_anon_bytes=result.peak_anon_bytes,
             isolation=result.isolation,
         )
-        if not result.log_path.exists() or result.log_path.stat().st_size == 0:
+
+    def _add_log(self, usage: results.Usage, result: ChildResult) -> results.Usage:
+        """Store the child's log; one that cannot be stored is missed, but changes nothing of how the step ended."""
+        try:
+            if not result.log_path.exists() or result.log_path.stat().st_size == 0:
+                return usage
+            return replace(usage, log=self._upload(result.log_path, "log.txt"))
+        except (EdgeKilnError, OSError) as error:
+            log.warning("cannot store the log %s: %s", result.log_path, error)
             return usage
-        return replace(usage, log=self._upload(result.log_path, "log.txt"))
 
     def _ended_by_us(self, claim: claims.Claim, result: ChildResult, usage: results.Usage) -> bool:
         """Deal with a child that this worker stopped; return whether it did."""
         if result.stopped is None:
             return False
         if result.stopped is StopReason.SHUTDOWN:
-            claims.release_step(self._database, claim)
-            log.info("gave back %s %s", claim.kind, claim.step_id)
+            self._give_back(claim)
         else:
             log.info("stopped %s %s: cancelled or taken over", claim.kind, claim.step_id)
-        results.record_usage(self._database, claim, usage)
+        results.record_usage(self._database, claim, self._add_log(usage, result))
         return True
 
-    def _collect(self, result: ChildResult, usage: results.Usage, keeper: LeaseKeeper) -> results.Success:
-        if result.error is not None:
-            raise result.error
+    def _give_back(self, claim: claims.Claim) -> None:
+        claims.release_step(self._database, claim)
+        log.info("gave back %s %s", claim.kind, claim.step_id)
+
+    def _collect(self, result: ChildResult, keeper: LeaseKeeper) -> list[claims.OutputFile]:
+        give_up_at = time.monotonic() + _STORE_PATIENCE_S
         outputs = []
         for path in sorted(path for path in result.output_dir.rglob("*") if path.is_file()):
+            name = path.relative_to(result.output_dir).as_posix()
+            outputs.append(self._upload_patiently(path, name, keeper, give_up_at))
+        return outputs
+
+    def _upload_patiently(self, path: Path, name: str, keeper: LeaseKeeper, give_up_at: float) -> claims.OutputFile:
+        """Upload, and again while the store is away; ends early when the lease is lost or the worker shuts down."""
+        pause_s = _FIRST_STORE_PAUSE_S
+        while True:
             keeper.check()
-            outputs.append(self._upload(path, path.relative_to(result.output_dir).as_posix()))
-        return results.Success(result.figures or {}, outputs, usage)
+            try:
+                return self._upload(path, name)
+            except StoreUnavailable as error:
+                if self._shutdown.is_set() or time.monotonic() + pause_s > give_up_at:
+                    raise
+                log.warning("cannot store %s, next try in %g s: %s", name, pause_s, error)
+            self._shutdown.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_STORE_PAUSE_S)
 
     def _upload(self, path: Path, name: str) -> claims.OutputFile:
         digest, size_bytes = digest_file(path)

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from service.errors import LedgerBusy
-from service.ledger import claims, results, views
+from service.errors import LedgerBusy, SourceNotFound, StepCancelled, StoreUnavailable
+from service.ledger import claims, jobs, results, views
 from service.ledger.database import Database
 from service.ledger.tables import Step
 from service.settings import load_settings
 from service.storage.folder import FolderStore
 from tests.ledger_play import TENANT, TOOLCHAIN, Play
+from workers import runner as module
 from workers.process import identify_host
 from workers.runner import Runner
-from workers.sandbox import ChildResult, Sandbox
+from workers.sandbox import ChildResult, Sandbox, StopReason
 
 #: What a child does: gets the arguments of `Sandbox.run`, returns how it ended.
 Act = Callable[..., ChildResult]
@@ -56,6 +57,19 @@ def ended(step_dir: Path, **how: Any) -> ChildResult:
     return ChildResult(**{**usual, **how})
 
 
+class FlakyStore(FolderStore):
+    """A folder that is away as long as `is_away` says so; it is asked before each upload."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_away: Callable[[], bool] = lambda: False
+
+    def put_file(self, key: str, path: Path, sha256: str) -> bool:
+        if self.is_away():
+            raise StoreUnavailable("The store does not answer.")
+        return super().put_file(key, path, sha256)
+
+
 class Bench:
     """A ledger with a submitted job, and runners on it."""
 
@@ -63,7 +77,7 @@ class Bench:
         self.folder = folder
         self.play = Play(database, host=identify_host())
         self.job_id = self.play.submit()
-        self.store = FolderStore(folder / "store")
+        self.store = FlakyStore(folder / "store")
 
     def make_runner(self, act: Act, **settings: Any) -> Runner:
         settings = {"data_dir": self.folder, "retry_pause_s": 0.0, **settings}
@@ -80,6 +94,11 @@ class Bench:
     def step(self, kind: str = "resolve") -> dict[str, Any]:
         return next(step for step in self.play.job(self.job_id)["steps"] if step["kind"] == kind)
 
+    def logs(self) -> list[tuple[str, bool]]:
+        """Return each attempt's state, and whether its log is stored."""
+        found = views.list_logs(self.play.database, TENANT, self.job_id)
+        return [(attempt["state"], attempt["log_digest"] is not None) for attempt in found]
+
 
 @pytest.fixture
 def bench(tmp_path: Path, sqlite_ledger_url: str) -> Iterator[Bench]:
@@ -93,9 +112,7 @@ def test_a_step_that_succeeds_is_recorded(bench: Bench) -> None:
     assert bench.make_runner(lambda step_dir, **_: ended(step_dir)).run_next("fetch")
     step = bench.step()
     assert step["state"] == "succeeded", step
-    (log,) = views.list_logs(bench.play.database, TENANT, bench.job_id)
-    assert (log["kind"], log["state"]) == ("resolve", "succeeded")
-    assert log["log_digest"] is not None
+    assert bench.logs() == [("succeeded", True)]
     assert not list((bench.folder / "work").iterdir())
 
 
@@ -111,6 +128,80 @@ def test_the_measuring_host_chooses_its_threads(bench: Bench) -> None:
     found = bench.play.database.read(lambda connection: connection.execute(statement).scalars().all())
     assert [params["processes"] for params in found] == [3] * len(found) != []
     assert not [params for params in found if "threads" in params]
+
+
+def make_two_outputs(step_dir: Path, **_: Any) -> ChildResult:
+    for name in ("a", "b"):
+        (step_dir / "output" / name).write_text(name)
+    return ended(step_dir)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pauses between uploads are short."""
+    monkeypatch.setattr(module, "_FIRST_STORE_PAUSE_S", 0.001)
+
+
+def test_a_shutdown_gives_the_step_back_though_the_store_is_away(bench: Bench) -> None:
+    bench.store.is_away = lambda: True
+
+    def act(step_dir: Path, **_: Any) -> ChildResult:
+        return ended(step_dir, error=StepCancelled("The worker shuts down."), stopped=StopReason.SHUTDOWN)
+
+    assert bench.make_runner(act, max_failures=1).run_next("fetch")
+    assert (bench.step()["state"], bench.step()["error"]) == ("queued", None)
+    assert bench.logs() == [("released", False)]
+
+
+def test_an_error_is_told_though_its_log_cannot_be_stored(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.store.is_away = lambda: True
+    error = SourceNotFound("There is no such folder.")
+    assert bench.make_runner(lambda step_dir, **_: ended(step_dir, error=error)).run_next("fetch")
+    assert (bench.step()["state"], bench.step()["error"]["code"]) == ("failed", "source_not_found")
+    assert bench.logs() == [("failed", False)]
+    assert "cannot store the log" in caplog.text
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_finished_step_waits_for_a_store_that_comes_back(bench: Bench) -> None:
+    tries = iter([False, True, True, True])
+    bench.store.is_away = lambda: next(tries, False)
+    assert bench.make_runner(make_two_outputs, max_failures=1).run_next("fetch")
+    assert bench.step()["state"] == "succeeded"
+    assert bench.logs() == [("succeeded", True)]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_store_that_stays_away_fails_the_step_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STORE_PATIENCE_S", 0.05)
+    bench.store.is_away = lambda: True
+    assert bench.make_runner(make_two_outputs, max_failures=1).run_next("fetch")
+    assert bench.step()["error"]["code"] == "store_unavailable"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_waiting_for_the_store_ends_when_the_worker_shuts_down(bench: Bench) -> None:
+    def shut_down() -> bool:
+        runner.shut_down()
+        return True
+
+    bench.store.is_away = shut_down
+    runner = bench.make_runner(make_two_outputs, max_failures=1)
+    assert runner.run_next("fetch")
+    assert bench.step()["state"] == "queued"
+    assert bench.logs() == [("released", False)]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_waiting_for_the_store_ends_when_the_job_is_cancelled(bench: Bench) -> None:
+    def cancel() -> bool:
+        if bench.play.job(bench.job_id)["state"] == "running":
+            jobs.cancel_job(bench.play.database, TENANT, bench.job_id)
+        return True
+
+    bench.store.is_away = cancel
+    assert bench.make_runner(make_two_outputs, cancel_poll_s=0.01).run_next("fetch")
+    assert bench.step()["state"] == "cancelled"
 
 
 def test_a_ledger_that_is_busy_fails_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
