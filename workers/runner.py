@@ -12,6 +12,7 @@ work folder.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
@@ -26,6 +27,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from service.errors import (
     BlobCorrupt,
     BlobMissing,
+    DiskFull,
     EdgeKilnError,
     LeaseLost,
     LedgerBusy,
@@ -133,14 +135,8 @@ class Runner:
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
                 except (LeaseLost, *_LEDGER_AWAY):
                     raise
-                except EdgeKilnError as error:
-                    if error.to_json()["retryable"] and self._shutdown.is_set():
-                        self._give_back(claim)
-                    else:
-                        self._fail(claim, error, usage, step_dir)
                 except Exception as error:
-                    log.exception("bug in %s %s", claim.kind, claim.step_id)
-                    self._fail(claim, RemoteError(describe_bug(error)), usage, step_dir)
+                    self._end_badly(claim, error, usage, step_dir)
         except LeaseLost:
             log.warning("lost %s %s; nothing was written", claim.kind, claim.step_id)
         except _LEDGER_AWAY as error:
@@ -303,6 +299,16 @@ class Runner:
         self._store.put_file(blob_key(digest), path, digest)
         return claims.OutputFile(name, digest, size_bytes)
 
+    def _end_badly(self, claim: claims.Claim, error: Exception, usage: results.Usage, step_dir: Path) -> None:
+        """Record a failure; what may be due to this worker's shutdown gives the step back instead."""
+        failure = _name_failure(error)
+        if isinstance(failure, RemoteError) and failure is not error:
+            log.exception("bug in %s %s", claim.kind, claim.step_id)
+        if self._shutdown.is_set() and (failure is not error or failure.to_json()["retryable"]):
+            self._give_back(claim)
+        else:
+            self._fail(claim, failure, usage, step_dir)
+
     def _fail(self, claim: claims.Claim, error: EdgeKilnError, usage: results.Usage, step_dir: Path) -> None:
         # The ledger may be on the disk that the step has filled: what the step holds goes before its failure is told.
         shutil.rmtree(step_dir, ignore_errors=True)
@@ -310,3 +316,13 @@ class Runner:
         log.warning("%s %s failed: %s: %s", claim.kind, claim.step_id, document["code"], document["message"])
         if results.fail_step(self._database, claim, error, usage, self.policy):
             log.info("%s %s will be tried again", claim.kind, claim.step_id)
+
+
+def _name_failure(error: Exception) -> EdgeKilnError:
+    """Return what ended a step as an error of ours."""
+    if isinstance(error, EdgeKilnError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the worker's folder"
+        return DiskFull(f"No space left for {place}. Free some there; the step is tried again.", path=str(place))
+    return RemoteError(describe_bug(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,41 @@ def test_tenants_that_fetch_the_same_share_no_downloads(bench: Bench) -> None:
     assert runner.run_next("fetch")
     assert len(set(seen)) == 2
     assert not any(folder.exists() for folder in seen), "what is fetched needs no partial downloads"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_called_so_wherever_it_is_met(bench: Bench, number: int) -> None:
+    def act(step_dir: Path, **_: Any) -> ChildResult:
+        raise OSError(number, os.strerror(number), str(step_dir))
+
+    assert bench.make_runner(act).run_next("fetch")
+    step = bench.step()
+    assert (step["state"], step["error"]["code"]) == ("queued", "disk_full"), step
+
+
+def test_an_error_that_nobody_foresaw_is_a_bug(bench: Bench) -> None:
+    def act(**_: Any) -> ChildResult:
+        raise PermissionError(errno.EACCES, "Permission denied", "/nowhere")
+
+    assert bench.make_runner(act).run_next("fetch")
+    assert (bench.step()["state"], bench.step()["error"]["code"]) == ("failed", "internal_error")
+
+
+def test_a_sandbox_that_closes_gives_its_steps_back(bench: Bench) -> None:
+    def act(**_: Any) -> ChildResult:
+        runner.shut_down()
+        raise RuntimeError("The sandbox is closed.")
+
+    runner = bench.make_runner(act)
+    assert runner.run_next("fetch")
+    assert (bench.step()["state"], bench.step()["error"]) == ("queued", None)
+
+
+def test_a_refusal_stands_though_the_worker_shuts_down(bench: Bench) -> None:
+    def act(step_dir: Path, **_: Any) -> ChildResult:
+        runner.shut_down()
+        return ended(step_dir, error=SourceNotFound("There is no such folder."))
+
+    runner = bench.make_runner(act)
+    assert runner.run_next("fetch")
+    assert bench.step()["error"]["code"] == "source_not_found"
