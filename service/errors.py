@@ -369,9 +369,13 @@ class ToolchainChanged(EdgeKilnError):
 
 def describe_bug(error: BaseException) -> dict[str, Any]:
     """Return the wire form of an unexpected exception: code `internal_error`, type and text."""
+    # A database error's text holds the statement and what other tenants may have put into it: the driver's first line
+    # is enough for a report, and the log has the rest.
+    cause = getattr(error, "orig", None)
+    text = str(cause).partition("\n")[0] if isinstance(cause, BaseException) else str(error)
     return {
         "code": "internal_error",
-        "message": f"Unexpected {type(error).__name__}: {error}",
+        "message": f"Unexpected {type(error).__name__}: {text}",
         "retryable": False,
         "details": {},
     }
