@@ -22,6 +22,9 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: How long the end of a step waits for its keeper, whose call to the ledger may hang.
+_JOIN_S = 5.0
+
 
 class LeaseKeeper:
     """Holds a claim while its context is open."""
@@ -30,6 +33,8 @@ class LeaseKeeper:
         self._settings = settings
         self._database = database
         self._claim = claim
+        #: When the lease runs out, by the monotonic clock, unless it is extended.
+        self.held_until = time.monotonic() + settings.lease_s
         self._lost = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease-{claim.step_id}", daemon=True)
@@ -42,11 +47,16 @@ class LeaseKeeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            log.warning("the keeper of %s still waits for the ledger", self._claim.step_id)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the step was cancelled or taken over."""
+        """Whether the step was cancelled, taken over, or may be: its lease was not extended in time."""
+        if time.monotonic() >= self.held_until:
+            # For good: whoever has heard of it has stopped the step.
+            self._lost.set()
         return self._lost.is_set()
 
     def check(self) -> None:
@@ -55,9 +65,8 @@ class LeaseKeeper:
             raise LeaseLost(f"The {self._claim.kind} step {self._claim.step_id} is no longer held by this worker.")
 
     def _keep(self) -> None:
-        held_until = time.monotonic() + self._settings.lease_s
         next_heartbeat = time.monotonic() + self._settings.heartbeat_s
-        while not self._closed.wait(self._settings.cancel_poll_s):
+        while not self._closed.wait(self._settings.cancel_poll_s) and not self.is_lost:
             try:
                 if not claims.is_held(self._database, self._claim):
                     self._lost.set()
@@ -65,13 +74,13 @@ class LeaseKeeper:
                 started = time.monotonic()
                 if started >= next_heartbeat:
                     claims.extend_lease(self._database, self._claim, self._settings.lease_s)
-                    held_until = started + self._settings.lease_s
+                    self.held_until = started + self._settings.lease_s
                     next_heartbeat = started + self._settings.heartbeat_s
             except LeaseLost:
                 self._lost.set()
                 return
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("cannot reach the ledger to keep %s: %s", self._claim.step_id, error)
-                if time.monotonic() >= held_until:
-                    self._lost.set()
-                    return
+            except Exception:
+                # A keeper that died would let a healthy step go on without a lease.
+                log.exception("cannot keep %s; the next look may", self._claim.step_id)
