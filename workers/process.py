@@ -100,5 +100,8 @@ class WorkerProcess:
                 self.database.poke(claims.due_classes(self.database))
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("sweep could not reach the ledger: %s", error)
+            except Exception:
+                # Without the sweep this worker would take no lost work up, and pass for dead.
+                log.exception("the sweep failed; it goes on")
             if self._closed.wait(self._settings.sweep_s):
                 return
