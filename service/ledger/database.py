@@ -31,6 +31,16 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: A server that vanished is noticed within seconds, a lock or statement that hangs within a minute: who holds a lease
+#: must not wait longer. What the URL says of these wins.
+_POSTGRESQL_ARGUMENTS = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "options": "-c lock_timeout=10s -c statement_timeout=60s",
+}
 #: Deadlock, serialization failure, lock timeout: the transaction did nothing and may run again.
 _RETRYABLE_SQLSTATES = {"40P01", "40001", "55P03"}
 _TRANSACTION_TRIES = 10
@@ -163,8 +173,10 @@ def _may_repeat(error: DBAPIError) -> bool:
 
 
 def _make_engine(url: str) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        arguments = {name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in parsed.query}
+        return create_engine(url, connect_args=arguments, pool_pre_ping=True, pool_size=10, max_overflow=20)
     engine = create_engine(
         url, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_size=10, max_overflow=20
     )
