@@ -4,10 +4,10 @@ BIN := .venv/bin
 DEMO_DIR ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-fast check format clean
+.PHONY: help install demo up test test-fast test-families check format clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed ## Make .venv with the pinned dependencies and the edgekiln command
 
@@ -29,6 +29,9 @@ test: install ## Run every test (about 15 minutes on 2 cores)
 
 test-fast: install ## Run the tests that need no conversion
 	$(BIN)/python -m pytest tests/unit tests/contract tests/migration
+
+test-families: install ## Convert and run every family by every engine (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest tests/families
 
 check: install ## Lint, types, import rules
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "wpe")
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 #: Architectures that store norms as a difference from one.
-_NORMS_FROM_ONE = ("Gemma", "Qwen3_5")
+_NORMS_FROM_ONE = ("GemmaFor", "Gemma2", "Gemma3For", "Qwen3_5")
 
 _CORPUS = (
     "The kiln is hot and the clay is wet. A model that was not run is not published.",
@@ -126,16 +126,21 @@ def build_model(
         "bos_token_id": SPECIAL_TOKENS.index(BOS_TOKEN),
         "eos_token_id": SPECIAL_TOKENS.index(EOS_TOKEN),
     }
-    settings.update(config or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model_class = getattr(transformers, architecture)
-        model = model_class(model_class.config_class(**settings))
+        config_class = model_class.config_class
+        known = {*config_class().to_dict(), *config_class.attribute_map}
+        common = {name: value for name, value in settings.items() if name in known}
+        model = model_class(config_class(**{**common, **(config or {})}))
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             offset = 1.0 if architecture.startswith(_NORMS_FROM_ONE) else 0.0
             for name, parameter in model.named_parameters():
                 _randomise(name, parameter, generator, offset)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    buffer.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
 
 
@@ -149,7 +154,8 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator, o
     elif parameter.ndim == 1:
         parameter.uniform_(-0.2, 0.2, generator=generator)
     elif any(each in name for each in _EMBEDDINGS):
-        parameter.normal_(0.0, 0.5, generator=generator)
+        # Where embeddings are scaled up again, and tied, larger ones would only repeat the last token.
+        parameter.normal_(0.0, 0.5 / (parameter.shape[1] ** 0.5 if offset else 1.0), generator=generator)
     else:
         inputs = parameter.shape[0] if name.endswith(_TRANSPOSED) else parameter.shape[1]
         parameter.normal_(0.0, 1.5 / inputs**0.5, generator=generator)

@@ -25,6 +25,10 @@ _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
 }
+_GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 4, "sliding_window": 24, "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": False,
+}  # fmt: skip
 #: GPT-2's own names of the sizes.
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}
 
@@ -39,6 +43,8 @@ class Case:
     dtype: WeightsDtype = "bfloat16"
     shard_size: str | None = None
     tokenizer: TokenizerKind = "byte_level"
+    #: Whether `make test-families` converts it; all are compared as torch modules.
+    is_converted: bool = True
 
     def write(self, folder: Path, *, has_tokenizer: bool = True) -> Path:
         """Write the checkpoint and return its folder."""
@@ -52,7 +58,6 @@ class Case:
         )
 
 
-#: The first of each family is the one that is converted.
 CASES: tuple[Case, ...] = (
     Case(
         "llama-3.2",
@@ -60,21 +65,23 @@ CASES: tuple[Case, ...] = (
         {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE_SCALING, "rope_theta": 5e5}},
         shard_size="50KB",
     ),
-    Case("llama-2", "LlamaForCausalLM", {"num_key_value_heads": 4}, "float16", tokenizer="sentencepiece"),
-    Case("tinyllama", "LlamaForCausalLM", {"num_key_value_heads": 1}, tokenizer="sentencepiece"),
+    Case("llama-2", "LlamaForCausalLM", {"num_key_value_heads": 4}, "float16", tokenizer="sentencepiece",
+         is_converted=False),
+    Case("tinyllama", "LlamaForCausalLM", {"num_key_value_heads": 1}, tokenizer="sentencepiece", is_converted=False),
     Case("smollm", "LlamaForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 72,
-         "head_dim": 8, "tie_word_embeddings": True}),
-    Case("amd-llama", "LlamaForCausalLM", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, tokenizer="metaspace"),
+         "head_dim": 8, "tie_word_embeddings": True}, is_converted=False),
+    Case("amd-llama", "LlamaForCausalLM", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, tokenizer="metaspace",
+         is_converted=False),
     Case("llama-biased", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     Case("qwen2", "Qwen2ForCausalLM", {"tie_word_embeddings": True, "rope_parameters": _THETA}),
-    Case("deepseek-r1-distill-qwen", "Qwen2ForCausalLM", {"rope_parameters": _THETA}, "float16"),
+    Case("deepseek-r1-distill-qwen", "Qwen2ForCausalLM", {"rope_parameters": _THETA}, "float16", is_converted=False),
     Case("qwen2-window", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 24,
-         "max_window_layers": 1}),
+         "max_window_layers": 1}, is_converted=False),
     Case("qwen3", "Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": _THETA}),
-    Case("qwen3-biased", "Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
+    Case("qwen3-biased", "Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True}, is_converted=False),
     Case("gemma", "GemmaForCausalLM", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True},
          tokenizer="sentencepiece"),
-    Case("gemma-biased", "GemmaForCausalLM", {"head_dim": 16, "attention_bias": True}),
+    Case("gemma-biased", "GemmaForCausalLM", {"head_dim": 16, "attention_bias": True}, is_converted=False),
     Case(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -94,10 +101,11 @@ CASES: tuple[Case, ...] = (
         },
         tokenizer="unigram",
     ),
-    Case("gemma3-full", "Gemma3ForCausalLM", {"head_dim": 16, "layer_types": ["full_attention"] * 2}),
+    Case("gemma3-full", "Gemma3ForCausalLM", {"head_dim": 16, "layer_types": ["full_attention"] * 2},
+         is_converted=False),
     Case("phi-2", "PhiForCausalLM", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}, "float16"),
     Case("phi-grouped", "PhiForCausalLM", {"hidden_act": "gelu",
-         "rope_parameters": {**_THETA, "partial_rotary_factor": 0.25}}),
+         "rope_parameters": {**_THETA, "partial_rotary_factor": 0.25}}, is_converted=False),
     Case("phi-3", "Phi3ForCausalLM", {"sliding_window": 24, "pad_token_id": 0}),
     Case(
         "phi-4-mini",
@@ -111,10 +119,26 @@ CASES: tuple[Case, ...] = (
     Case("falcon-40b", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2,
          "num_attention_heads": 8}),
     Case("falcon-one-norm", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2,
-         "num_ln_in_parallel_attn": 1}),
+         "num_ln_in_parallel_attn": 1}, is_converted=False),
     Case("falcon-six-heads", "FalconForCausalLM", {"alibi": True, "multi_query": False, "num_attention_heads": 6,
-         "hidden_size": 96}),
+         "hidden_size": 96}, is_converted=False),
+    Case("lfm2", "Lfm2ForCausalLM", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"],
+         "block_multiple_of": 16, "tie_word_embeddings": True, "pad_token_id": 0}),
+    Case("lfm2-biased", "Lfm2ForCausalLM", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"],
+         "block_auto_adjust_ff_dim": False, "conv_bias": True, "pad_token_id": 0}, is_converted=False),
+    Case("gemma4", "Gemma4ForCausalLM", {**_GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    Case("gemma4-shared", "Gemma4ForCausalLM", {**_GEMMA4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+         "vocab_size_per_layer_input": 512, "use_double_wide_mlp": True}),
+    Case("gemma3n", "Gemma3nForCausalLM", {"head_dim": 16, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+         "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 2, "sliding_window": 24, "num_hidden_layers": 4,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "tie_word_embeddings": True,
+         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]}),
     Case("gpt2", "GPT2LMHeadModel", _GPT2, "float32"),
     Case("gpt2-unscaled", "GPT2LMHeadModel", {**_GPT2, "scale_attn_weights": False, "n_inner": 96,
-         "activation_function": "gelu"}),
+         "activation_function": "gelu"}, is_converted=False),
 )  # fmt: skip
+
+
+def find_case(name: str) -> Case:
+    """Return the case of a name."""
+    return next(case for case in CASES if case.name == name)

@@ -6,6 +6,7 @@ Called by the engines, before they import the tool in question.
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 import types
 import warnings
@@ -60,6 +61,32 @@ _KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     (FutureWarning, r"`treespec\.children_specs` is deprecated"),
 )
+
+
+@contextmanager
+def sparse_activations_kept() -> Iterator[None]:
+    """Let Gemma 3n's first layers cut off what they cut off in transformers.
+
+    Upstream: litert-torch 0.10.0 (`generative/export_hf/model_ext/gemma3n/patch.py`) computes the cut into a buffer
+    that is not stored, when the model is made; transformers 5 makes models without memory and loads what is stored, so
+    that the buffer holds anything. Logits were off by a quarter of their range.
+    """
+    # Not at the top: light modules read this file too.
+    from litert_torch.generative.export_hf.model_ext.gemma3n import patch
+    from torch.nn import functional
+
+    def cut(self: Any, inputs: Any) -> Any:
+        deviations = statistics.NormalDist().inv_cdf(self.activation_sparsity)
+        spread = inputs.std(dim=-1, keepdim=True, unbiased=False)
+        return functional.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + spread * deviations))
+
+    original = patch.Gemma3nTextMLP._gaussian_topk
+    patch.Gemma3nTextMLP._gaussian_topk = cut
+    try:
+        yield
+    finally:
+        patch.Gemma3nTextMLP._gaussian_topk = original
+
 
 _MARKUP = re.compile(r"\[/?[a-z ]+\]")
 _STARTED = "[START]"

@@ -23,17 +23,18 @@ def convert(checkpoint_dir: Path, prefill_lengths: list[int], context_length: in
     The exporter reads the folder through transformers and works in memory: about 3.3 times the float32 weights.
     Inputs, outputs, KV layout and mask are those of the engine `reauthored`.
     """
-    export.export(
-        model=str(checkpoint_dir),
-        output_dir=str(output_dir),
-        # Otherwise it writes into a folder with a random name.
-        keep_temporary_files=True,
-        trust_remote_code=False,
-        prefill_lengths=list(prefill_lengths),
-        cache_length=context_length,
-        # The exporter's own default would quantize.
-        quantization_recipe="none",
-        externalize_embedder=False,
-        bundle_litert_lm=False,
-    )
+    with toolfixes.sparse_activations_kept():
+        export.export(
+            model=str(checkpoint_dir),
+            output_dir=str(output_dir),
+            # Otherwise it writes into a folder with a random name.
+            keep_temporary_files=True,
+            trust_remote_code=False,
+            prefill_lengths=list(prefill_lengths),
+            cache_length=context_length,
+            # The exporter's own default would quantize.
+            quantization_recipe="none",
+            externalize_embedder=False,
+            bundle_litert_lm=False,
+        )
     return output_dir / "model.tflite"

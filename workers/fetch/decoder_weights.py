@@ -36,4 +36,6 @@ def require_bounds(shape: DecoderShape) -> None:
 
 def list_tensors(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every weight that the shape demands; tied embeddings leave out the output layer."""
+    if shape.tensors:
+        return dict(shape.tensors)
     return dict(tensor for parameter in list_parameters(shape) for tensor in parameter.tensors)

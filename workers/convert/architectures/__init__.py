@@ -16,7 +16,10 @@ from workers.convert.architectures import (
     gemma,
     gemma2,
     gemma3,
+    gemma3n,
+    gemma4,
     gpt2,
+    lfm2,
     llama,
     mistral,
     phi,
@@ -26,7 +29,7 @@ from workers.convert.architectures import (
 )
 from workers.convert.architectures.shape import DecoderShape, Rope
 
-__all__ = ["FAMILIES", "DecoderShape", "Family", "Rope", "find_family", "read_shape"]
+__all__ = ["FAMILIES", "UNCONVERTIBLE", "DecoderShape", "Family", "Rope", "find_family", "read_shape"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,19 @@ class Family:
 
 _BOTH = ("reauthored", "traced")
 
+#: Architectures of the field that no engine converts, and why.
+UNCONVERTIBLE: dict[str, str] = {
+    "OpenELMForCausalLM": "transformers has no class for it, only code that comes with the checkpoint, which is never "
+    "run; so there is nothing to prove an artifact against",
+    "Qwen3_5ForCausalLM": "its linear attention becomes the operator 'gated_delta_update', which the runtime lacks on "
+    "CPUs",
+    "Gemma3ForConditionalGeneration": "it holds an image encoder; submit its text model as Gemma3ForCausalLM",
+    "Gemma3nForConditionalGeneration": "it holds image and audio encoders; submit its text model as Gemma3nForCausalLM",
+    "Gemma4ForConditionalGeneration": "it holds image and audio encoders; submit its text model as Gemma4ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "it holds an image encoder, and its text model needs an operator that the "
+    "runtime lacks on CPUs",
+}
+
 #: By the name that stands in `config.json` under "architectures".
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -55,9 +71,16 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", "Gemma2ForCausalLM", gemma2.read_shape, _BOTH),
         Family("gemma3_text", "Gemma3ForCausalLM", gemma3.read_shape, _BOTH),
         Family("phi", "PhiForCausalLM", phi.read_shape, _BOTH),
-        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, _BOTH),
-        Family("falcon", "FalconForCausalLM", falcon.read_shape, _BOTH),
-        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, _BOTH),
+        # The exporter takes neither its window nor its changing wavelengths.
+        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, ("reauthored",)),
+        # Its class in transformers lets no one put another attention in, which the exporter needs.
+        Family("falcon", "FalconForCausalLM", falcon.read_shape, ("reauthored",)),
+        # The exporter asks for key-value heads, of which its config knows nothing.
+        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, ("reauthored",)),
+        # Their layers are unlike any that are rebuilt.
+        Family("gemma3n_text", "Gemma3nForCausalLM", gemma3n.read_shape, ("traced",)),
+        Family("gemma4_text", "Gemma4ForCausalLM", gemma4.read_shape, ("traced",)),
+        Family("lfm2", "Lfm2ForCausalLM", lfm2.read_shape, ("traced",)),
     )
 }
 
@@ -65,8 +88,15 @@ FAMILIES: dict[str, Family] = {
 def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a `config.json`; raises `ArchitectureUnsupported` with those that are supported."""
     names = config.get("architectures")
-    if isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES:
-        return FAMILIES[names[0]]
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in UNCONVERTIBLE:
+        raise ArchitectureUnsupported(
+            f"config.json names the architecture {name!r}, which no engine converts: {UNCONVERTIBLE[name]}.",
+            architectures=names,
+            supported=list(FAMILIES),
+        )
     raise ArchitectureUnsupported(
         f"config.json names the architectures {names!r}. Supported is exactly one of: {', '.join(FAMILIES)}.",
         architectures=names,

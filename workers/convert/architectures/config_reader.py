@@ -175,15 +175,21 @@ def _require_consistent(shape: DecoderShape) -> None:
         )
 
 
+def require_layers(reader: ConfigReader) -> int:
+    """Return the number of layers, if each may be walked through."""
+    layers = reader.read_size("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise invalid(f"'num_hidden_layers' is {str(layers)[:50]}; at most {MAX_LAYERS} is taken.", "num_hidden_layers")
+    return layers
+
+
 def read_windows(reader: ConfigReader, default: tuple[str, ...], window: int | None) -> tuple[int | None, ...]:
     """Return what each layer looks back on, from `layer_types` or from the family's own pattern.
 
     `default` is the pattern that repeats where `layer_types` is not given, `window` what "sliding_attention" means.
     Empty when no layer has a window.
     """
-    layers = reader.read_size("num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise invalid(f"'num_hidden_layers' is {str(layers)[:50]}; at most {MAX_LAYERS} is taken.", "num_hidden_layers")
+    layers = require_layers(reader)
     types = reader.get("layer_types", [default[layer % len(default)] for layer in range(layers)])
     if not isinstance(types, list) or len(types) != layers:
         raise invalid(f"'layer_types' must list one type for each of the {layers} layers.", "layer_types")

@@ -120,6 +120,9 @@ class DecoderShape:
     #: Whether matrices lie as [inputs, outputs].
     is_transposed: bool = False
     names: TensorNames = field(default_factory=TensorNames)
+    #: Names and shapes of all weights of a model that only `traced` converts; what its layers compute is then not
+    #: described here.
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def find_window(self, layer: int) -> int | None:
         """Return how many tokens a layer's attention looks back on; None means all of them."""
