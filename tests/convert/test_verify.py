@@ -141,6 +141,17 @@ def test_chunk_that_would_reach_beyond_the_context_is_not_fed(reauthored_worksho
         graph.prefill([5] * (CONTEXT_LENGTH - 7))
 
 
+def test_generation_that_reuses_the_caches_is_that_of_a_fresh_graph(reauthored_workshop: Workshop) -> None:
+    path = reauthored_workshop.quantize("none") / "model.tflite"
+    prompt = list(range(5, 105))
+    used = Graph(path)
+    first = used.generate(prompt, 6, frozenset())
+    again = used.generate(prompt, 6, frozenset())
+    other = used.generate([*prompt[:50], *prompt[20:50]], 6, frozenset())
+    assert again == first == Graph(path).generate(prompt, 6, frozenset())
+    assert other == Graph(path).generate([*prompt[:50], *prompt[20:50]], 6, frozenset()) != first
+
+
 def test_truncated_graph_is_not_verified(reauthored_workshop: Workshop, answers: Path, tmp_path: Path) -> None:
     content = (reauthored_workshop.quantize("none") / "model.tflite").read_bytes()
     (tmp_path / "model.tflite").write_bytes(content[: len(content) // 2])

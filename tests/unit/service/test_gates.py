@@ -184,6 +184,15 @@ def test_merging_never_fills_in_what_one_format_failed_to_measure() -> None:
     assert refused("none", merged) == {"generation_match"}
 
 
+def test_merging_keeps_what_only_the_graph_shows() -> None:
+    graph = {**copy.deepcopy(FLOAT), "format": "tflite"}
+    bundle = {**change(FLOAT, "quality.perplexity", None), "format": "litertlm"}
+    del bundle["parity"]
+    merged = gates.merge_figures([bundle, graph])
+    assert (merged["quality"]["perplexity"], merged["parity"]) == (8.0, FLOAT["parity"])
+    assert refused("none", merged, {"max_perplexity": 9.0, "max_kl": 1e-9}) == set()
+
+
 def test_merging_leaves_its_inputs_alone() -> None:
     one, two = {**copy.deepcopy(FLOAT), "format": "tflite"}, {**copy.deepcopy(FLOAT), "format": "task"}
     before = copy.deepcopy([one, two])
