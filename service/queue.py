@@ -7,6 +7,7 @@ doubled or late message delays a step at most. Called by `service.api` and `work
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 from celery import Celery
@@ -22,6 +23,11 @@ RUN_TASK = "step.run"
 PRUNE_TASK = "ledger.prune"
 #: How often the beat asks for housekeeping.
 _PRUNE_S = 600.0
+#: How long a Redis may take to connect, or to answer. Kombu asks for messages with BRPOP and a timeout of one second,
+#: so an answer never takes longer because there is nothing to say.
+_REDIS_TIMEOUT_S = 3.0
+#: How long a broker that failed is left alone: shorter than the pause between two sweeps.
+_QUIET_S = 5.0
 
 
 def make_app(settings: Settings) -> Celery:
@@ -43,23 +49,39 @@ def make_app(settings: Settings) -> Celery:
     )
     if settings.broker_url:
         if settings.broker_url.startswith("redis"):
-            # Longer than the longest step, or Redis delivers a running task again.
-            app.conf.broker_transport_options = {"visibility_timeout": 7 * 24 * 3600}
+            app.conf.broker_transport_options = {
+                # Longer than the longest step, or Redis delivers a running task again.
+                "visibility_timeout": 7 * 24 * 3600,
+                "socket_connect_timeout": _REDIS_TIMEOUT_S,
+                "socket_timeout": _REDIS_TIMEOUT_S,
+                "socket_keepalive": True,
+                # Of a poke's connection; workers connect again and again by `broker_connection_retry`.
+                "max_retries": 0,
+            }
     else:
         app.conf.broker_transport_options = {"folder": str(settings.data_dir / "broker"), "polling_interval": 0.1}
     return app
 
 
 class Poker:
-    """Wakes the workers of a resource class."""
+    """Wakes the workers of a resource class, and leaves a broker that failed alone for a while."""
 
     def __init__(self, app: Celery) -> None:
         self.app = app
+        self._quiet_until = 0.0
 
     def __call__(self, resource_classes: Iterable[str]) -> None:
-        """Send one wake-up a class; a broker that is away only costs the wait for the next sweep."""
+        """Send one wake-up a class; raises nothing: a broker that is away only costs the wait for the next sweep.
+
+        Whoever has committed waits for this call, so the first failure ends it.
+        """
+        if time.monotonic() < self._quiet_until:
+            return
         for name in resource_classes:
             try:
                 self.app.send_task(RUN_TASK, args=(name,), queue=name, ignore_result=True)
-            except (OperationalError, OSError) as error:
-                log.warning("could not poke %s workers (the sweep will): %s", name, error)
+            except Exception as error:
+                self._quiet_until = time.monotonic() + _QUIET_S
+                is_expected = isinstance(error, OperationalError | OSError)
+                log.warning("could not poke %s workers (the sweep will): %s", name, error, exc_info=not is_expected)
+                return

@@ -80,7 +80,8 @@ def test_a_message_that_cannot_be_written_costs_its_sender_nothing(
     # Where the queue's folder should be stands a file, as good as a full disk.
     (tmp_path / "broker").mkdir()
     (tmp_path / "broker" / "light").write_text("")
-    poke(tmp_path, "light", "convert")
+    poke(tmp_path, "light")
     assert "could not poke light workers" in caplog.text
+    poke(tmp_path, "convert")
     with channel(tmp_path) as reader:
         assert reader.basic_get("convert", no_ack=True) is not None
