@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service import folder_broker
 from service.folder_broker import FolderChannel
 from service.queue import Poker, make_app
 from service.settings import load_settings
@@ -37,7 +38,10 @@ def test_a_poke_is_taken_once_by_whoever_reads_its_queue(tmp_path: Path) -> None
         assert other.basic_get("convert", no_ack=True) is not None
 
 
-def test_messages_are_whole_and_delivered_once_under_contention(tmp_path: Path) -> None:
+def test_messages_are_whole_and_delivered_once_under_contention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_broker, "_MOST_MESSAGES", 10_000)
     writers, each = 4, 50
     has_ended = threading.Event()
 
@@ -64,6 +68,18 @@ def test_messages_are_whole_and_delivered_once_under_contention(tmp_path: Path) 
         has_ended.set()
         found = [number for reading in readers for number in reading.result()]
     assert sorted(found) == list(range(writers * each))
+
+
+def test_a_queue_that_nobody_reads_stops_growing(tmp_path: Path) -> None:
+    with channel(tmp_path) as target:
+        for number in range(300):
+            target._put("device", {"id": number})
+        assert target._size("device") == 100
+        assert target._get("device")["id"] == 0, "the oldest stay"
+        target._put("device", {"id": 300})
+        assert target._size("device") == 100, "what was taken leaves room"
+        target._put("light", {"id": 0})
+        assert target._size("light") == 1, "each queue has its own"
 
 
 def test_an_unreadable_message_is_dropped_and_the_next_one_read(tmp_path: Path) -> None:
