@@ -34,6 +34,8 @@ class Command:
     argv: Sequence[str]
     #: File descriptors that it inherits.
     pass_fds: tuple[int, ...] = ()
+    #: Variables that it does not get.
+    withheld: tuple[str, ...] = ()
 
 
 class Child:
@@ -42,7 +44,7 @@ class Child:
     def __init__(self, command: Command, log_path: Path, environment: Mapping[str, str], work_dir: Path) -> None:
         self.command = command
         self.log_path = log_path
-        self._environment = dict(environment)
+        self._environment = {name: value for name, value in environment.items() if name not in command.withheld}
         self._work_dir = work_dir
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0

@@ -40,6 +40,8 @@ _GRACE_S = 6.0
 _READY_S = 300.0
 #: A child that ends this often before everything is ready will not get better.
 _START_FAILURES = 3
+#: The hub's token: only the worker, whose fetches need it, gets it.
+_HUB_SECRETS = ("EDGEKILN_HUB_TOKEN", "HF_TOKEN")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -61,10 +63,11 @@ def default_commands(settings: Settings, listener: int) -> list[Command]:
         "--without-heartbeat",
     ]
     beat = [*celery, "beat", "-s", str(settings.data_dir / "beat-schedule"), "--pidfile=", "--loglevel=WARNING"]
+    api = [sys.executable, "-m", "service.api", "--fd", str(listener)]
     return [
-        Command("api", [sys.executable, "-m", "service.api", "--fd", str(listener)], pass_fds=(listener,)),
+        Command("api", api, pass_fds=(listener,), withheld=_HUB_SECRETS),
         Command("worker", worker),
-        Command("beat", beat),
+        Command("beat", beat, withheld=_HUB_SECRETS),
     ]
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,22 @@ def answers(client: Client) -> Any:
         return list(client.list()) or True
     except ServiceUnavailable:
         return None
+
+
+def test_only_the_worker_gets_the_hubs_token(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    settings = load_settings({**settings.model_dump(), "hub_token": "hf_secret"})
+
+    def commands(settings: Settings, listener: int) -> list[Command]:
+        programs = {command.name: command for command in stand_ins(settings, listener)}
+        programs["beat"] = run_python("beat", WORKER)
+        # What starts at once, in the places of the real commands.
+        return [replace(real, argv=programs[real.name].argv) for real in default_commands(settings, listener)]
+
+    with Supervisor(settings, commands=commands) as supervisor:
+        seen = {name: Path(f"/proc/{pid}/environ").read_text() for name, pid in supervisor.pids.items()}
+    assert {name for name, environment in seen.items() if "hf_secret" in environment} == {"worker"}
+    assert all("EDGEKILN_PORT" in environment for environment in seen.values()), "control: the rest they get"
 
 
 def test_a_dead_child_is_reported_and_started_again(settings: Settings) -> None:
