@@ -44,6 +44,9 @@ LLAMA3_ROPE_SCALING: dict[str, Any] = {
     "original_max_position_embeddings": 64,
 }
 
+#: Where a tokenizer with byte fallback has the tokens of single bytes.
+BYTE_TOKENS = range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256)
+
 #: Llama 2 wrote every byte that no piece covers as one of these.
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -77,6 +80,7 @@ def write_checkpoint(
     chat_template: str | None = CHAT_TEMPLATE,
     evaluation: list[tuple[str, str]] | None = None,
     architecture: str = "LlamaForCausalLM",
+    rare_tokens: range | None = None,
 ) -> Path:
     """Write a random checkpoint with its tokenizer into `folder` and return `folder`.
 
@@ -84,12 +88,15 @@ def write_checkpoint(
     256, embeddings not tied).
     `shard_size` such as "50KB" splits the weights into several files with an index. `vocabulary_size` is the
     tokenizer's; the model has the same unless `config` says otherwise. `evaluation` holds (prompt, answer)
-    pairs for `evaluation.jsonl`.
+    pairs for `evaluation.jsonl`. `rare_tokens` are made so unlikely that no greedy text holds one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, vocabulary_size, chat_template)
     model = build_model(config, seed=seed, vocabulary_size=vocabulary_size, architecture=architecture)
+    if rare_tokens is not None:
+        with torch.no_grad():
+            model.get_output_embeddings().weight[list(rare_tokens)] *= 0.05
     model = model.to(getattr(torch, dtype))
     if shard_size is None:
         model.save_pretrained(folder)
