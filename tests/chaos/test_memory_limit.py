@@ -38,7 +38,8 @@ def test_a_child_beyond_its_memory_fails_and_its_worker_serves_on(
     assert step["error"]["code"] == "memory_limit_exceeded"
     assert step["error"]["details"]["memory_bytes"] == limit_bytes
     assert step["error"]["details"]["peak_anon_bytes"] > limit_bytes
-    assert step["error"]["details"]["log_tail"]
+    # A child that is over its limit at once may die before it has said anything.
+    assert isinstance(step["error"]["details"]["log_tail"], str)
     assert step["peak_anon_bytes"] == step["error"]["details"]["peak_anon_bytes"]
     (variant,) = job["variants"]
     assert (variant["state"], variant["error"]["code"]) == ("failed", "memory_limit_exceeded")

@@ -73,6 +73,7 @@ def run_child(request: Mapping[str, Any], supervisor_pid: int, answer_fd: int, l
     answers = _Answers(answer_fd)
     try:
         _redirect_output(log_fd)
+        print(f"[{0.0:8.2f} s] {request['target']}", flush=True)
         _enter_step_folder(request)
         isolation = isolate(
             network=request["network"],
