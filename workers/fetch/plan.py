@@ -27,11 +27,6 @@ MAX_PREFILL_LENGTHS = 8
 #: One token to prefill and one to decode.
 MIN_CONTEXT_LENGTH = 2
 
-_AUTO_REASONS = {
-    "reauthored": "its graph is built from config.json, with a KV cache layout that the runtime reads",
-    "traced": "it is the only engine that converts this architecture",
-}
-
 
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Validate `inputs["checkpoint"]` against the request and return the facts.
@@ -74,7 +69,7 @@ def _resolve_engine(asked: str, family: Family) -> tuple[str, str]:
     """Return the engine that `asked` means for the family, and why."""
     if asked == "auto":
         engine = family.engines[0]
-        return engine, f"auto chooses {engine} for {family.architecture}: {_AUTO_REASONS[engine]}"
+        return engine, f"auto chooses {engine} for {family.architecture}: {family.evidence}"
     if asked in family.engines:
         return asked, "as asked"
     able = sorted(each.architecture for each in FAMILIES.values() if asked in each.engines)

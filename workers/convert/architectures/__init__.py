@@ -42,9 +42,24 @@ class Family:
     read_shape: Callable[[Mapping[str, Any]], DecoderShape]
     #: Engines that convert it, best first.
     engines: tuple[str, ...]
+    #: Why the first of them is the best, as measured; ends a sentence that names it.
+    evidence: str
 
 
 _BOTH = ("reauthored", "traced")
+_REAUTHORED = ("reauthored",)
+_TRACED = ("traced",)
+
+#: Measured on small models of each family, and with 4 layers of 256 channels on Qwen2 and Gemma 3.
+_EQUAL = (
+    "the logits of both engines differ from the source's by less than 1e-6 of their range, and both decode equally "
+    "fast (0.28 ms a token on 4 layers of 256 channels), but its file is smaller by 1 to 3 percent"
+)
+_NO_WINDOWS = "the other engine's exporter takes neither its window nor wavelengths that change with the text's length"
+_NO_ATTENTION = "its class in transformers does not let the other engine's attention in"
+_NO_KEY_VALUE_HEADS = "the other engine's exporter asks for key-value heads, which its config does not name"
+_UNTRIED = "the other engine is not tried with its window"
+_UNLIKE = "its layers are unlike any that the other engine rebuilds; the logits differ by less than 1e-6 of their range"
 
 #: Architectures of the field that no engine converts, and why.
 UNCONVERTIBLE: dict[str, str] = {
@@ -63,24 +78,20 @@ UNCONVERTIBLE: dict[str, str] = {
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("llama", "LlamaForCausalLM", llama.read_shape, _BOTH),
-        Family("mistral", "MistralForCausalLM", mistral.read_shape, ("reauthored",)),
-        Family("qwen2", "Qwen2ForCausalLM", qwen2.read_shape, _BOTH),
-        Family("qwen3", "Qwen3ForCausalLM", qwen3.read_shape, _BOTH),
-        Family("gemma", "GemmaForCausalLM", gemma.read_shape, _BOTH),
-        Family("gemma2", "Gemma2ForCausalLM", gemma2.read_shape, _BOTH),
-        Family("gemma3_text", "Gemma3ForCausalLM", gemma3.read_shape, _BOTH),
-        Family("phi", "PhiForCausalLM", phi.read_shape, _BOTH),
-        # The exporter takes neither its window nor its changing wavelengths.
-        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, ("reauthored",)),
-        # Its class in transformers lets no one put another attention in, which the exporter needs.
-        Family("falcon", "FalconForCausalLM", falcon.read_shape, ("reauthored",)),
-        # The exporter asks for key-value heads, of which its config knows nothing.
-        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, ("reauthored",)),
-        # Their layers are unlike any that are rebuilt.
-        Family("gemma3n_text", "Gemma3nForCausalLM", gemma3n.read_shape, ("traced",)),
-        Family("gemma4_text", "Gemma4ForCausalLM", gemma4.read_shape, ("traced",)),
-        Family("lfm2", "Lfm2ForCausalLM", lfm2.read_shape, ("traced",)),
+        Family("llama", "LlamaForCausalLM", llama.read_shape, _BOTH, _EQUAL),
+        Family("mistral", "MistralForCausalLM", mistral.read_shape, _REAUTHORED, _UNTRIED),
+        Family("qwen2", "Qwen2ForCausalLM", qwen2.read_shape, _BOTH, _EQUAL),
+        Family("qwen3", "Qwen3ForCausalLM", qwen3.read_shape, _BOTH, _EQUAL),
+        Family("gemma", "GemmaForCausalLM", gemma.read_shape, _BOTH, _EQUAL),
+        Family("gemma2", "Gemma2ForCausalLM", gemma2.read_shape, _BOTH, _EQUAL),
+        Family("gemma3_text", "Gemma3ForCausalLM", gemma3.read_shape, _BOTH, _EQUAL),
+        Family("phi", "PhiForCausalLM", phi.read_shape, _BOTH, _EQUAL),
+        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, _REAUTHORED, _NO_WINDOWS),
+        Family("falcon", "FalconForCausalLM", falcon.read_shape, _REAUTHORED, _NO_ATTENTION),
+        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, _REAUTHORED, _NO_KEY_VALUE_HEADS),
+        Family("gemma3n_text", "Gemma3nForCausalLM", gemma3n.read_shape, _TRACED, _UNLIKE),
+        Family("gemma4_text", "Gemma4ForCausalLM", gemma4.read_shape, _TRACED, _UNLIKE),
+        Family("lfm2", "Lfm2ForCausalLM", lfm2.read_shape, _TRACED, _UNLIKE),
     )
 }
 
