@@ -1,7 +1,7 @@
 """Where partial downloads wait for a step's next attempt on this host.
 
-Owns the folders below one root, each named by a digest of tenant and step key, and their age. The child that downloads is confined to
-its own folder, so its worker calls this before it starts one; what the folder holds is the business of
+Owns the folders below one root, each named by a digest of tenant and step key, and their age. The child that downloads
+is confined to its own folder, so its worker calls this before it starts one; what the folder holds is the business of
 `workers.fetch.download`.
 """
 
