@@ -39,7 +39,9 @@ class _Commands(typer.core.TyperGroup):
             say(f"{code}: {error.message}")
             raise typer.Exit(_USAGE if isinstance(error, _USAGE_ERRORS) else _FAILED) from None
         except KeyboardInterrupt:
-            say("Interrupted.")
+            say(
+                "Interrupted. A job that was submitted goes on: `edgekiln jobs` lists it, `edgekiln cancel ID` ends it."
+            )
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # Whoever read the output has seen enough; the interpreter must not try to flush the rest.

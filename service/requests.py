@@ -173,11 +173,12 @@ def parse_source(text: str) -> FolderSource | HubSource:
     if not is_hub and Path(text).expanduser().is_dir():
         return FolderSource(path=str(Path(text).expanduser().resolve()))
     repo, _, revision = text.removeprefix("hf://").partition("@")
-    looks_like_path = not is_hub and (text.startswith((".", "/", "~")) or Path(text).expanduser().exists())
+    # A folder that has the first part of the name means that a folder was meant: nothing goes to the Hub by mistake.
+    looks_like_path = not is_hub and (text.startswith((".", "/", "~")) or Path(text.split("/")[0]).exists())
     if looks_like_path or not _HUB_NAME.fullmatch(repo):
         raise SourceNotFound(
             f"{text!r} is neither a folder here nor a Hub repository. Give the folder that holds config.json, "
-            "or OWNER/NAME[@REVISION].",
+            "or OWNER/NAME[@REVISION] (hf://OWNER/NAME where a folder OWNER stands in the way).",
             source=text,
         )
     return HubSource(repo=repo, revision=revision or None)

@@ -112,7 +112,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _heartbeat_fits_lease(self) -> Settings:
         if self.heartbeat_s * 2 > self.lease_s:
-            raise ValueError("heartbeat_s must be at most half of lease_s, or one late heartbeat loses the step")
+            raise ValueError(
+                "EDGEKILN_HEARTBEAT_S must be at most half of EDGEKILN_LEASE_S: one late heartbeat would lose the step"
+            )
         return self
 
     @property
@@ -179,8 +181,11 @@ def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
     try:
         return Settings(**{name: value for name, value in (overrides or {}).items() if value is not None})
     except ValidationError as error:
-        lines = [
-            f"EDGEKILN_{'_'.join(str(part) for part in item['loc']).upper() or 'SETTINGS'}: {item['msg']}"
-            for item in error.errors()
-        ]
+        lines = [_describe_finding(item["loc"], item["msg"], item["input"]) for item in error.errors()]
         raise InvalidSettings("Settings are not usable. " + "; ".join(lines)) from error
+
+
+def _describe_finding(place: tuple[int | str, ...], message: str, given: Any) -> str:
+    """Say what is wrong with one setting, by the name that an operator knows."""
+    sentence = message.removeprefix("Value error, ")
+    return f"EDGEKILN_{str(place[0]).upper()}={given!s}: {sentence}" if place else sentence

@@ -25,7 +25,6 @@ _SUFFIXES = (".litertlm", ".task")
 #: The runtime's command says this on standard output, among the answer.
 _NOISE = "Failed to inspect model metadata:"
 _TRACE = "Traceback (most recent call last)"
-_LOG_LINES = 8
 
 
 def run(
@@ -56,8 +55,8 @@ def ask(file: Path, prompt: str, chat: bool = False) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     # The runtime's command exits with 0 whatever happens.
     if done.returncode != 0 or _TRACE in done.stderr:
-        lines = "\n".join(done.stderr.strip().splitlines()[-_LOG_LINES:])
-        raise VerificationFailed(f"{file.name} does not run in LiteRT-LM. Its last words:\n{lines}", file=str(file))
+        words = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise VerificationFailed(f"{file.name} does not run in LiteRT-LM. Its last words: {words}", file=str(file))
     return "\n".join(line for line in done.stdout.splitlines() if not line.startswith(_NOISE)).strip()
 
 

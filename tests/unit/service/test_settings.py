@@ -57,3 +57,20 @@ def test_the_ledger_stands_in_the_data_directory(name: str, tmp_path: Path) -> N
     connection = sqlite3.connect(tmp_path / name / "ledger.db")
     assert connection.execute("SELECT count(*) FROM steps").fetchone() == (0,)
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("EDGEKILN_PORT", "abc", "EDGEKILN_PORT=abc: "),
+        ("EDGEKILN_LEASE_S", "1", "EDGEKILN_HEARTBEAT_S must be at most half of EDGEKILN_LEASE_S"),
+    ],
+)
+def test_a_bad_setting_is_named_as_operators_know_it(
+    variable: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidSettings) as caught:
+        load_settings()
+    assert sentence in caught.value.message
+    assert "Value error" not in caught.value.message
