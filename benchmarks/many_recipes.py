@@ -34,6 +34,13 @@ BARE_RECIPES = {
     "dynamic_int4": "dynamic_wi4_afp32",
     "weight_only_int4": "weight_only_wi4_afp32",
 }
+#: The exporter's own command, where TensorFlow is not installed: it names one generated module of it.
+BARE_EXPORTER = """
+import runpy
+from workers.convert.toolfixes import schema_without_tensorflow
+with schema_without_tensorflow():
+    runpy.run_module("litert_torch.generative.export_hf", run_name="__main__", alter_sys=True)
+"""
 DEFAULT_RECIPES = ("none", "dynamic_int8", "dynamic_int4")
 
 #: Prefill length and context of each shape.
@@ -81,7 +88,7 @@ def run_bare(checkpoint: Path, recipe: str, lengths: tuple[int, int], work_dir: 
     output_dir = work_dir / "bare"
     shutil.rmtree(output_dir, ignore_errors=True)
     command = [
-        *(sys.executable, "-m", "litert_torch.generative.export_hf", str(checkpoint), str(output_dir)),
+        *(sys.executable, "-c", BARE_EXPORTER, str(checkpoint), str(output_dir)),
         f"--prefill_lengths=[{lengths[0]}]",
         f"--cache_length={lengths[1]}",
         f"--quantization_recipe={BARE_RECIPES[recipe]}",
@@ -213,6 +220,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.bare_runs < 1:
         parser.error("--bare-runs must be at least 1")
+    if arguments.work_dir is not None:
+        arguments.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="many-recipes-", dir=arguments.work_dir) as name:
         checkpoint = EXAMPLE_DIR
         if arguments.shape != "example":
