@@ -75,6 +75,7 @@ CASES: tuple[Case, ...] = (
     Case("amd-llama", "LlamaForCausalLM", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, tokenizer="metaspace",
          is_converted=False),
     Case("llama-biased", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    Case("mistral", "MistralForCausalLM", {"sliding_window": 128}),
     Case("qwen2", "Qwen2ForCausalLM", {"tie_word_embeddings": True, "rope_parameters": _THETA}),
     Case("deepseek-r1-distill-qwen", "Qwen2ForCausalLM", {"rope_parameters": _THETA}, "float16", is_converted=False),
     Case("qwen2-window", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 24,
