@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import create_engine, text
 
-from service.ledger.tables import Base
+from service.ledger.tables import Job
 
 #: Any constant: who holds this PostgreSQL advisory lock migrates.
 _LOCK = 0x45444745
@@ -26,7 +26,7 @@ def run() -> None:
         else:
             connection.execute(text("SET lock_timeout = '30s'"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-        context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=is_sqlite)
+        context.configure(connection=connection, target_metadata=Job.metadata, render_as_batch=is_sqlite)
         with context.begin_transaction():
             context.run_migrations()
         if is_sqlite:

@@ -11,17 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, func, insert, or_, select, true, update
 
 from service.errors import EdgeKilnError, LeaseLost, Parked, StepLost
 from service.ledger import locks
+from service.ledger.blobs import OutputFile
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
 from service.ledger.events import emit
+from service.ledger.fleet import WORKER_SILENCE_S
 from service.ledger.moves import close_attempt, live_job_ids, move_step, settle
 from service.ledger.states import AttemptState, StepEvent, StepState
 from service.ledger.tables import (
     Attempt,
+    Host,
     JobStep,
     Step,
     StepInput,
@@ -31,8 +34,10 @@ from service.ledger.tables import (
 
 #: How many due steps a claim looks at before it gives up to rivals.
 _CANDIDATES = 8
-#: A worker that was silent this long is not counted on; its steps pass on by their leases, much earlier.
-WORKER_SILENCE_S = 60.0
+#: What decides which steps a worker can run.
+_ABILITIES = (Worker.toolchain_id, Worker.toolchain, Worker.memory_limit_bytes)
+#: Share of a host's memory that its running steps may be predicted to use together; the rest is the system's.
+_USABLE_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,6 @@ class LeasePolicy:
     max_failures: int
     max_losses: int
     retry_pause_s: float
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file of a step, in the store under its digest."""
-
-    name: str
-    digest: str
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,8 @@ class Claim:
     key: str
     params: Mapping[str, Any]
     resource_class: str
+    #: None where nobody predicts.
+    predicted_peak_anon_bytes: int | None
     toolchain_id: str
     revision: str
     #: The job that owns it, for kinds that are not shared.
@@ -93,7 +91,7 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
     Due is what is queued, and what runs under an expired lease. The order is priority, then age.
     """
     worker = tx.connection.execute(
-        select(Worker.host_id, Worker.slots, Worker.toolchain_id, Worker.toolchain).where(Worker.id == worker_id)
+        select(*_ABILITIES, Worker.host_id, Worker.slots).where(Worker.id == worker_id)
     ).one()
     locks.lock_host(tx, worker.host_id)
     if not _has_room(tx, worker_id, worker.host_id, resource_class, worker.slots.get(resource_class, 0), policy):
@@ -157,22 +155,44 @@ def _is_due() -> Any:
 
 
 def _due_step_ids(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
-    """Return the most urgent due steps that this worker's tools may make, or that no live worker's may.
+    """Return the most urgent due steps that this worker can run now, or that no live worker ever can.
 
     The latter are claimed to be failed with a sentence: nobody will ever come for them.
     """
-    mine = _is_made_by(worker)
-    others = tx.connection.execute(
-        select(Worker.toolchain_id, Worker.toolchain).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
-    ).all()
-    is_orphan = ~or_(mine, *(_is_made_by(other) for other in others))
+    mine = and_(_is_made_by(worker), _fits(worker.memory_limit_bytes))
+    others = tx.connection.execute(select(*_ABILITIES).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))).all()
+    is_orphan = ~or_(mine, *(and_(_is_made_by(other), _fits(other.memory_limit_bytes)) for other in others))
+    mine_now = and_(mine, _fits(_find_free_memory(tx, worker.host_id)))
     rows = tx.connection.execute(
         select(Step.id)
-        .where(Step.resource_class == resource_class, _is_due(), or_(mine, is_orphan))
+        .where(Step.resource_class == resource_class, _is_due(), or_(mine_now, is_orphan))
         .order_by(Step.priority.desc(), Step.queued_at, Step.id)
         .limit(_CANDIDATES)
     )
     return list(rows.scalars())
+
+
+def _fits(memory_bytes: int | None) -> Any:
+    """Whether a step is predicted to need at most so much memory; None: any step fits."""
+    if memory_bytes is None:
+        return true()
+    return or_(Step.predicted_peak_anon_bytes.is_(None), Step.predicted_peak_anon_bytes <= memory_bytes)
+
+
+def _find_free_memory(tx: Transaction, host_id: str) -> int | None:
+    """Return what the predictions of the host's running steps leave of its memory; None while there are none.
+
+    A step alone is bounded by its worker's limit, and two that each fit need not fit together.
+    """
+    running = tx.connection.execute(
+        select(func.sum(Step.predicted_peak_anon_bytes))
+        .join(Worker, Worker.id == Step.worker_id)
+        .where(Step.state == StepState.RUNNING, Step.lease_expires_at > now(), Worker.host_id == host_id)
+    ).scalar_one()
+    if running is None:
+        return None
+    total = tx.connection.execute(select(Host.memory_bytes).where(Host.id == host_id)).scalar_one()
+    return int(total * _USABLE_MEMORY) - int(running)
 
 
 def _is_made_by(worker: Any) -> Any:
@@ -259,6 +279,7 @@ def _read_claim(connection: Connection, step_id: str, worker_id: str) -> Claim:
         key=step.key,
         params=step.params,
         resource_class=step.resource_class,
+        predicted_peak_anon_bytes=step.predicted_peak_anon_bytes,
         toolchain_id=step.toolchain_id,
         revision=step.revision,
         job_id=job_id,

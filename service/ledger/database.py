@@ -150,15 +150,15 @@ def reads(
     return call
 
 
-def migrate(url: str) -> None:
-    """Bring the database to the newest schema; safe when several processes start at once."""
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the database to the newest schema, or to `revision`; safe when several processes start at once."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     config = alembic.config.Config()
     config.set_main_option("script_location", str(resources.files("migrations")))
     config.attributes["url"] = url
-    alembic.command.upgrade(config, "head")
+    alembic.command.upgrade(config, revision)
 
 
 def ping(database: Database) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from sqlalchemy import func, insert, select, text, update
 
+from service.errors import MemoryInsufficient
 from service.ledger import locks
 from service.ledger.clock import now
 from service.ledger.database import StaleView, Transaction
 from service.ledger.events import emit
+from service.ledger.fleet import select_largest_memory
 from service.ledger.keys import Toolchain, new_id, step_key
 from service.ledger.plan import StepSpec
 from service.ledger.states import StepState
@@ -33,7 +35,8 @@ def add_steps(
 ) -> None:
     """Link a job to every step of `specs`, joining shared ones by key and making the rest.
 
-    `known_steps` maps names of specs that already have rows to their step ids, and grows.
+    `known_steps` maps names of specs that already have rows to their step ids, and grows. Raises `MemoryInsufficient`
+    when no live worker may use as much memory as a step to be made is predicted to need.
     """
     job = tx.connection.execute(select(Job.tenant_id, Job.priority).where(Job.id == job_id)).one()
     variant_ids = dict(tx.connection.execute(select(Variant.name, Variant.id).where(Variant.job_id == job_id)).all())
@@ -45,6 +48,8 @@ def add_steps(
         input_ids = {name: known_steps[supplier] for name, supplier in spec.inputs.items()}
         step_id, was_there = _ensure_step(tx, job_id, job, spec, toolchain, input_ids, checkpoint_digest)
         known_steps[spec.name] = step_id
+        if not was_there:
+            _require_memory(tx, spec)
         _link(tx, job_id, step_id, position, was_there)
         _serve(tx, step_id, [variant_ids[name] for name in spec.variants])
         kind_and_state = tx.connection.execute(select(Step.kind, Step.state).where(Step.id == step_id)).one()
@@ -60,6 +65,14 @@ def add_steps(
                 "error": None,
             },
         )
+
+
+def _require_memory(tx: Transaction, spec: StepSpec) -> None:
+    """Raise `MemoryInsufficient` if a step can run nowhere; without any worker it waits for one, like all work."""
+    predicted_bytes = spec.predicted_peak_anon_bytes
+    largest_bytes = select_largest_memory(tx.connection, spec.resource_class)
+    if predicted_bytes is not None and largest_bytes is not None and predicted_bytes > largest_bytes:
+        raise MemoryInsufficient.from_prediction(spec.name, predicted_bytes, largest_bytes)
 
 
 def _link(tx: Transaction, job_id: str, step_id: str, position: int, reused: bool) -> None:
@@ -111,6 +124,7 @@ def _ensure_step(
         "shared": spec.shared,
         "params": dict(spec.params),
         "resource_class": spec.resource_class,
+        "predicted_peak_anon_bytes": spec.predicted_peak_anon_bytes,
         "state": StepState.QUEUED if is_due else StepState.WAITING,
         "priority": job.priority,
         "token": 0,
@@ -176,8 +190,8 @@ def _join_step(tx: Transaction, job: Any, key: str) -> str:
     if step_id is None:
         raise StaleView
     locks.lock_steps(tx, [step_id])
-    row = tx.connection.execute(select(Step.state, Step.priority).where(Step.id == step_id)).one()
-    if row.state in (StepState.FAILED, StepState.CANCELLED):
+    row = tx.connection.execute(select(Step.state, Step.priority, Step.retired_at).where(Step.id == step_id)).one()
+    if row.state in (StepState.FAILED, StepState.CANCELLED) or row.retired_at is not None:
         raise StaleView
     if row.priority < job.priority:
         tx.connection.execute(update(Step).where(Step.id == step_id).values(priority=job.priority))

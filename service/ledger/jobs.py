@@ -21,6 +21,7 @@ from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted, plan_spec
 from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
 from service.ledger.tables import IdempotencyKey, Job, JobStep, Step, Variant
+from service.ledger.uploads import hold_uploads
 from service.requests import JobRequest, parse_request
 
 #: How long an `Idempotency-Key` is remembered.
@@ -42,7 +43,8 @@ def submit_job(
 ) -> Submission:
     """Store a job with its variants and first step; the caller has checked the source's folder.
 
-    Raises `InvalidRequest` for too large a matrix and `IdempotencyMismatch` when the key was used for another.
+    Raises `InvalidRequest` for too large a matrix, `UploadNotFound` for a digest that is not the tenant's, and
+    `IdempotencyMismatch` when the key was used for another.
     """
     names = request.variant_names
     if len(names) > max_variants:
@@ -82,6 +84,7 @@ def submit_job(
                 created_at=now(),
             )
         )
+    hold_uploads(tx, tenant_id, job_id, request.uploads.values())
     emit(tx, [job_id], "job", {"state": JobState.QUEUED})
     add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
     return Submission(job_id, is_new=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from service import gates
+from service import gates, recipes
 from service.requests import JobRequest
 
 #: Step kind -> resource class (and Celery queue).
@@ -44,6 +44,8 @@ class StepSpec:
     inputs: Mapping[str, str] = field(default_factory=dict)
     #: Names of the variants it serves; none for steps that serve the whole job.
     variants: tuple[str, ...] = ()
+    #: Anonymous memory it is expected to use at its peak; not part of its key.
+    predicted_peak_anon_bytes: int | None = None
 
     @property
     def shared(self) -> bool:
@@ -71,8 +73,12 @@ def plan_spec(request: JobRequest) -> StepSpec:
     params = {
         "engines": list(request.engines),
         "formats": list(request.formats),
+        "recipes": list(request.recipes),
         "prefill_lengths": None if request.prefill_lengths is None else list(request.prefill_lengths),
         "context_length": request.context_length,
+        "ignore_custom_code": request.ignore_custom_code,
+        "own_recipes": request.own_recipes,
+        "calibration": None if request.calibration is None else {"kind": request.calibration.kind},
     }
     return StepSpec("plan", "plan", params, inputs={"checkpoint": "fetch"})
 
@@ -83,25 +89,43 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
     `facts` are the figures of `plan`; `benchmark` holds the operator's protocol (`processes`).
     """
     lengths = {"prefill_lengths": list(facts["prefill_lengths"]), "context_length": facts["context_length"]}
+    predicted: Mapping[str, int] = facts.get("predicted_peak_anon_bytes", {})
     specs: dict[str, StepSpec] = {}
 
     def add(name: str, kind: str, params: Mapping[str, Any], inputs: Mapping[str, str], variant: str) -> str:
         known = specs.get(name)
         variants = (*known.variants, variant) if known else (variant,)
-        specs[name] = StepSpec(name, kind, params, inputs, variants)
+        specs[name] = StepSpec(name, kind, params, inputs, variants, predict(kind, variant, params.get("format")))
         return name
+
+    def predict(kind: str, variant: str, model_format: str | None) -> int | None:
+        asked_engine, recipe = request.variant_names[variant]
+        names = (
+            f"{kind}:{recipe}:{model_format}",
+            f"{kind}:{recipe}",
+            f"{kind}:{facts['engines'][asked_engine]}",
+            kind,
+        )
+        return next((predicted[name] for name in names if name in predicted), None)
 
     for variant, (asked_engine, recipe) in request.variant_names.items():
         engine = facts["engines"][asked_engine]
-        reference = add("reference", "reference", lengths, {"checkpoint": "fetch"}, variant)
+        texts = {**lengths, **_uploads_of(request, "evaluation", "perplexity_text")}
+        reference = add("reference", "reference", texts, {"checkpoint": "fetch"}, variant)
         convert = add(f"convert:{engine}", "convert", {"engine": engine, **lengths}, {"checkpoint": "fetch"}, variant)
-        quantize = add(f"quantize:{engine}:{recipe}", "quantize", {"recipe": recipe}, {"convert": convert}, variant)
+        calibration = _calibration_of(request, recipe, lengths)
+        quantize = add(
+            f"quantize:{engine}:{recipe}",
+            "quantize",
+            {"recipe": recipe, **_quantization_of(request, recipe), **calibration},
+            {"convert": convert, **({"checkpoint": "fetch"} if calibration else {})},
+            variant,
+        )
         artifacts = {"tflite": quantize}
         proofs: dict[str, str] = {}
-        proof_inputs = {"checkpoint": "fetch", "reference": reference, "quantize": quantize}
-        # The graph is proven whatever the formats: a bundle's proof leans on it.
+        # The graph is proven whatever the formats: a bundle is held to what that proof left, and runs nothing twice.
         for kind in ("tflite", *(kind for kind in request.formats if kind != "tflite")):
-            bundle_inputs = {}
+            proof_inputs = {"reference": reference, "quantize": quantize}
             if kind != "tflite":
                 artifacts[kind] = add(
                     f"bundle:{engine}:{recipe}:{kind}",
@@ -110,12 +134,16 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
                     {"checkpoint": "fetch", "quantize": quantize},
                     variant,
                 )
-                bundle_inputs = {"bundle": artifacts[kind]}
+                proof_inputs = {
+                    "reference": reference,
+                    "bundle": artifacts[kind],
+                    "verify_tflite": proofs["verify_tflite"],
+                }
             proofs[f"verify_{kind}"] = add(
                 f"verify:{engine}:{recipe}:{kind}",
                 "verify",
                 {"format": kind, "recipe": recipe, **lengths},
-                {**proof_inputs, **bundle_inputs},
+                proof_inputs,
                 variant,
             )
         measured = {
@@ -133,7 +161,13 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
         add(
             f"publish:{variant}",
             "publish",
-            {"formats": list(request.formats), "recipe": recipe, "engine": engine, "gates": request.gates},
+            {
+                "formats": list(request.formats),
+                "recipe": recipe,
+                **_settings_of(request, recipe),
+                "engine": engine,
+                "gates": request.gates,
+            },
             {
                 "checkpoint": "fetch",
                 "convert": convert,
@@ -146,6 +180,32 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
             variant,
         )
     return list(specs.values())
+
+
+def _quantization_of(request: JobRequest, recipe: str) -> dict[str, Any]:
+    """What a recipe asks of the quantizer, whoever named it: a name may mean something else tomorrow."""
+    settings = [dict(entry) for entry in recipes.find_recipe(recipe, request.own_recipes).settings]
+    return {"settings": settings} if settings else {}
+
+
+def _settings_of(request: JobRequest, recipe: str) -> dict[str, Any]:
+    """The entries of a user's own recipe; its name alone says nothing."""
+    return {"settings": request.own_recipes[recipe]} if recipe in request.own_recipes else {}
+
+
+def _calibration_of(request: JobRequest, recipe: str, lengths: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe that needs calibration is told of it; nothing for any other."""
+    if not recipes.needs_calibration(recipe, request.own_recipes):
+        return {}
+    given = request.calibration
+    kind = None if given is None else {"kind": given.kind}
+    return {"calibration": kind, **lengths, **_uploads_of(request, "calibration")}
+
+
+def _uploads_of(request: JobRequest, *names: str) -> dict[str, Any]:
+    """The uploads that a step gets, by digest."""
+    uploads = {name: request.uploads[name] for name in names if name in request.uploads}
+    return {"uploads": uploads} if uploads else {}
 
 
 def _workload(facts: Mapping[str, Any]) -> dict[str, int]:

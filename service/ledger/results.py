@@ -14,7 +14,8 @@ from sqlalchemy import insert, select, update
 
 from service.errors import BlobCondemned, ChildCrashed, EdgeKilnError, LeaseLost, Parked
 from service.ledger import locks
-from service.ledger.claims import Claim, LeasePolicy, OutputFile
+from service.ledger.blobs import OutputFile, Reprieves, commit_blobs
+from service.ledger.claims import Claim, LeasePolicy
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
 from service.ledger.graph import add_steps
@@ -24,7 +25,6 @@ from service.ledger.plan import StepSpec, expand_planned, expand_resolved
 from service.ledger.states import FINAL_VARIANT_STATES, AttemptState, StepEvent, StepState
 from service.ledger.tables import (
     Attempt,
-    Blob,
     Job,
     JobStep,
     Publication,
@@ -55,6 +55,8 @@ class Success:
     figures: Mapping[str, Any]
     outputs: Sequence[OutputFile] = ()
     usage: Usage = field(default_factory=Usage)
+    #: Of outputs that were uploaded again because a commit had refused them.
+    reprieves: Reprieves = field(default_factory=dict)
 
 
 @writes
@@ -78,7 +80,7 @@ def finish_step(
         error=None,
     ):
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
-    _commit_blobs(tx, success.outputs)
+    commit_blobs(tx, success.outputs, success.reprieves)
     for output in success.outputs:
         tx.connection.execute(
             insert(StepOutput).values(
@@ -145,27 +147,6 @@ def _select_wanted(specs: Sequence[StepSpec], open_variants: set[str], unmeasure
     return [spec for spec in specs if spec.name in wanted]
 
 
-def _commit_blobs(tx: Transaction, files: Sequence[OutputFile]) -> None:
-    """Enter blobs that are in the store; refuse those that the sweep has condemned."""
-    by_digest = {file.digest: file for file in files}
-    for digest in sorted(by_digest):
-        tx.connection.execute(
-            tx.insert(Blob)
-            .values(digest=digest, size_bytes=by_digest[digest].size_bytes, created_at=now())
-            .on_conflict_do_nothing()
-        )
-    locks.lock_blobs(tx, by_digest)
-    condemned = (
-        tx.connection.execute(
-            select(Blob.digest).where(Blob.digest.in_(sorted(by_digest)), Blob.condemned_at.is_not(None))
-        )
-        .scalars()
-        .all()
-    )
-    if condemned:
-        raise BlobCondemned("An output is about to be swept from the store; upload it again.", digests=list(condemned))
-
-
 def _usage_values(tx: Transaction, usage: Usage) -> dict[str, Any]:
     return {
         "duration_s": usage.duration_s,
@@ -181,7 +162,7 @@ def _commit_log(tx: Transaction, log: OutputFile | None) -> str | None:
     if log is None:
         return None
     try:
-        _commit_blobs(tx, [log])
+        commit_blobs(tx, [log])
     except BlobCondemned:
         return None
     return log.digest

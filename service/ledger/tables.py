@@ -8,58 +8,13 @@ Digests are full SHA-256 hex. `tenant_id` stands in every row that a tenant can 
 from __future__ import annotations
 
 import datetime as dt
-import re
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    CheckConstraint,
-    Float,
-    ForeignKey,
-    Index,
-    MetaData,
-    String,
-    Text,
-    UniqueConstraint,
-    text,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, String, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column
 
-from service.ledger.clock import Instant
+from service.ledger.base import Base
 from service.ledger.states import FINAL_JOB_STATES, FINAL_STEP_STATES, FINAL_VARIANT_STATES
-
-
-class Document(TypeDecorator[Any]):
-    """JSON, cleaned of what no database or response can hold: NUL and lone surrogates become U+FFFD.
-
-    Errors quote checkpoints, and a checkpoint is a stranger's; its text must not keep a failure from being recorded.
-    """
-
-    impl = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
-        """Clean every text of a document."""
-        return _clean(value)
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value)
-    if isinstance(value, Mapping):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
-    return value
-
-
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-_DOCUMENT = Document()
 
 
 def _is_one_of(column: str, states: tuple[str, ...]) -> str:
@@ -69,27 +24,6 @@ def _is_one_of(column: str, states: tuple[str, ...]) -> str:
 
 def _finalized_check(states: tuple[str, ...]) -> str:
     return f"{_is_one_of('state', states)} = (finalized_at IS NOT NULL)"
-
-
-class Base(DeclarativeBase):
-    """Common metadata, with constraint names that both databases and Alembic agree on."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map: ClassVar = {
-        dt.datetime: Instant(),
-        dict[str, Any]: _DOCUMENT,
-        list[Any]: _DOCUMENT,
-        int: BigInteger(),
-        float: Float(53),
-    }
 
 
 class Tenant(Base):
@@ -195,6 +129,8 @@ class Worker(Base):
     toolchain_id: Mapped[str] = mapped_column(String(64))
     #: `strong` or `weak`, with reasons.
     isolation: Mapped[dict[str, Any]]
+    #: Anonymous memory one of its steps may use; None: registered before this was known, and not counted on.
+    memory_limit_bytes: Mapped[int | None]
     started_at: Mapped[dt.datetime]
     heartbeat_at: Mapped[dt.datetime]
 
@@ -250,6 +186,8 @@ class Step(Base):
     loss_count: Mapped[int] = mapped_column(default=0)
     #: Last progress: `message`, `fraction`.
     progress: Mapped[dict[str, Any] | None]
+    #: Anonymous memory it is expected to use at its peak, by the plan that made it; None where nobody predicts.
+    predicted_peak_anon_bytes: Mapped[int | None]
     #: What the step found out; present when it succeeded.
     figures: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
@@ -274,20 +212,59 @@ class StepInput(Base):
 
 
 class Blob(Base):
-    """Bytes in the object store; the row is never before the bytes."""
+    """Bytes in the object store; the row is never before the bytes, and outlives them."""
 
     __tablename__ = "blobs"
+    __table_args__ = (
+        CheckConstraint("swept_at IS NULL OR condemned_at IS NOT NULL", name="swept"),
+        Index(
+            "ix_blobs_condemned",
+            "condemned_at",
+            postgresql_where=text("condemned_at IS NOT NULL AND swept_at IS NULL"),
+            sqlite_where=text("condemned_at IS NOT NULL AND swept_at IS NULL"),
+        ),
+    )
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     size_bytes: Mapped[int]
     created_at: Mapped[dt.datetime]
     #: Set by the sweep of unreferenced blobs; a commit refuses a condemned digest.
     condemned_at: Mapped[dt.datetime | None]
+    #: Set when the bytes were deleted; who uploads them again clears both.
+    swept_at: Mapped[dt.datetime | None]
+
+
+class Upload(Base):
+    """A tenant's own input: calibration text, prompts, an evaluation, a text."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (Index("ix_uploads_digest", "digest"),)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"), primary_key=True)
+    size_bytes: Mapped[int]
+    #: As the tenant called it last; for people.
+    name: Mapped[str | None] = mapped_column(String(200))
+    #: When it was last uploaded.
+    created_at: Mapped[dt.datetime]
+
+
+class JobUpload(Base):
+    """A job's hold on an upload: as long as the job is kept, its inputs are."""
+
+    __tablename__ = "job_uploads"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "digest"], ["uploads.tenant_id", "uploads.digest"]),
+        Index("ix_job_uploads_upload", "tenant_id", "digest"),
+    )
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(64))
 
 
 class StepOutput(Base):
     """A file that a step made."""
 
     __tablename__ = "step_outputs"
+    __table_args__ = (Index("ix_step_outputs_digest", "digest"),)
     step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
     #: Relative path in the step's output folder.
     name: Mapped[str] = mapped_column(String(500), primary_key=True)
@@ -299,6 +276,7 @@ class Attempt(Base):
     """One claim of a step."""
 
     __tablename__ = "attempts"
+    __table_args__ = (Index("ix_attempts_log_digest", "log_digest"),)
     step_id: Mapped[str] = mapped_column(ForeignKey("steps.id"), primary_key=True)
     token: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     worker_id: Mapped[str] = mapped_column(ForeignKey("workers.id"))
@@ -348,6 +326,7 @@ class Publication(Base):
         UniqueConstraint("variant_id", "kind"),
         Index("ix_publications_job", "job_id"),
         Index("ix_publications_step", "step_id"),
+        Index("ix_publications_digest", "digest"),
     )
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))

@@ -26,11 +26,11 @@ def _iso(instant: dt.datetime | None) -> str | None:
 @reads
 def read_job(connection: Connection, tenant_id: str, job_id: str) -> dict[str, Any]:
     """Return a job whole: request, variants with artifacts and figures, steps with attempts. Raises `NotFound`."""
-    job = _find_job(connection, tenant_id, job_id)
+    job = find_job(connection, tenant_id, job_id)
     steps = _read_steps(connection, job_id)
     variants = _read_variants(connection, job_id, steps)
     return {
-        **_summary(job),
+        **summarize_job(job),
         "request": job.request,
         "source": job.source,
         "variants": variants,
@@ -51,14 +51,16 @@ def _public_step(step: Mapping[str, Any], variant_names: Mapping[str, str]) -> d
     }
 
 
-def _find_job(connection: Connection, tenant_id: str, job_id: str) -> Any:
+def find_job(connection: Connection, tenant_id: str, job_id: str) -> Any:
+    """Return a job's row; raises `NotFound`."""
     row = connection.execute(select(Job.__table__).where(Job.id == job_id, Job.tenant_id == tenant_id)).one_or_none()
     if row is None:
         raise NotFound(f"There is no job {job_id!r}. `edgekiln jobs` lists those there are.", job_id=job_id)
     return row
 
 
-def _summary(job: Any) -> dict[str, Any]:
+def summarize_job(job: Any) -> dict[str, Any]:
+    """Return what every document about a job begins with, from its row."""
     return {
         "id": job.id,
         "state": job.state,
@@ -108,6 +110,7 @@ def _step_document(row: Any, attempts: Sequence[Any], variant_ids: list[str]) ->
         "duration_s": last.duration_s if last else None,
         "peak_rss_bytes": last.peak_rss_bytes if last else None,
         "peak_anon_bytes": last.peak_anon_bytes if last else None,
+        "predicted_peak_anon_bytes": row.predicted_peak_anon_bytes,
         "isolation": last.isolation if last else None,
         "progress": row.progress,
         "error": row.error,
@@ -127,7 +130,7 @@ def _read_variants(connection: Connection, job_id: str, steps: Sequence[Mapping[
         .where(Publication.job_id == job_id, Publication.published_at.is_not(None))
         .order_by(Publication.kind)
     ):
-        artifacts[row.variant_id].append(_artifact_document(row))
+        artifacts[row.variant_id].append(describe_artifact(row))
     return [
         {
             "id": row.id,
@@ -166,7 +169,8 @@ def _proof(variant_id: str, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any
     }
 
 
-def _artifact_document(row: Any) -> dict[str, Any]:
+def describe_artifact(row: Any) -> dict[str, Any]:
+    """Return a publication's row as its readers see it."""
     return {
         "id": row.id,
         "name": row.name,
@@ -192,7 +196,7 @@ def list_jobs(
     if states:
         statement = statement.where(Job.state.in_(states))
     if before is not None:
-        last = _find_job(connection, tenant_id, before)
+        last = find_job(connection, tenant_id, before)
         statement = statement.where(
             or_(Job.created_at < last.created_at, and_(Job.created_at == last.created_at, Job.id < last.id))
         )
@@ -204,13 +208,13 @@ def list_jobs(
         .group_by(Variant.job_id, Variant.state)
     ):
         counts[job_id][state] = count
-    return [{**_summary(row), "request": row.request, "variant_states": counts[row.id]} for row in rows]
+    return [{**summarize_job(row), "request": row.request, "variant_states": counts[row.id]} for row in rows]
 
 
 @reads
 def read_events(connection: Connection, tenant_id: str, job_id: str, after: int, limit: int = 500) -> dict[str, Any]:
     """Return a job's events with numbers above `after`, and whether the job has ended."""
-    job = _find_job(connection, tenant_id, job_id)
+    job = find_job(connection, tenant_id, job_id)
     rows = connection.execute(
         select(Event.__table__).where(Event.job_id == job_id, Event.number > after).order_by(Event.number).limit(limit)
     )
@@ -224,7 +228,7 @@ def read_events(connection: Connection, tenant_id: str, job_id: str, after: int,
 @reads
 def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | None = None) -> list[dict[str, Any]]:
     """Return where the logs of a job's attempts are: step, kind, attempt, state, error, blob digest."""
-    _find_job(connection, tenant_id, job_id)
+    find_job(connection, tenant_id, job_id)
     statement = (
         select(
             Step.id,
@@ -270,17 +274,17 @@ def read_artifact(connection: Connection, tenant_id: str, artifact_id: str) -> d
     ).one_or_none()
     if row is None:
         raise NotFound(f"There is no artifact {artifact_id!r}.", artifact_id=artifact_id)
-    return {**_artifact_document(row), "manifest": row.manifest}
+    return {**describe_artifact(row), "manifest": row.manifest}
 
 
 @reads
 def list_artifacts(connection: Connection, tenant_id: str, job_id: str) -> list[dict[str, Any]]:
     """Return a job's published artifacts with their variants' names."""
-    _find_job(connection, tenant_id, job_id)
+    find_job(connection, tenant_id, job_id)
     rows = connection.execute(
         select(Publication.__table__, Variant.name.label("variant"))
         .join(Variant, Variant.id == Publication.variant_id)
         .where(Publication.job_id == job_id, Publication.published_at.is_not(None))
         .order_by(Variant.position, Publication.kind)
     )
-    return [{**_artifact_document(row), "variant": row.variant} for row in rows]
+    return [{**describe_artifact(row), "variant": row.variant} for row in rows]

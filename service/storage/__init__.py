@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from service.storage.digests import check_stream, digest_bytes, digest_file, read_object
 from service.storage.factory import S3Options, open_configured_store, open_store
-from service.storage.keys import blob_key, check_digest, check_key, manifest_key
+from service.storage.keys import blob_digest, blob_key, check_digest, check_key, manifest_key
 from service.storage.protocol import ObjectStore, StoredObject
 
 __all__ = [
     "ObjectStore",
     "S3Options",
     "StoredObject",
+    "blob_digest",
     "blob_key",
     "check_digest",
     "check_key",

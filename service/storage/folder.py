@@ -35,11 +35,12 @@ class FolderStore:
         with disk_errors(self.root):
             (self.root / _UPLOADS).mkdir(parents=True, exist_ok=True)
 
-    def put_file(self, key: str, path: Path, sha256: str) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
         """See `ObjectStore.put_file`; an object that is there is read again, so that a damaged one is replaced."""
         with path.open("rb") as stream:
             size_bytes = os.fstat(stream.fileno()).st_size
-            return self._put(key, iter(lambda: stream.read(_CHUNK_BYTES), b""), sha256, size_bytes)
+            chunks = iter(lambda: stream.read(_CHUNK_BYTES), b"")
+            return self._put(key, chunks, sha256, size_bytes, path if is_final else None)
 
     def put_bytes(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes`."""
@@ -59,8 +60,15 @@ class FolderStore:
         finally:
             stream.close()
 
-    def get_file(self, key: str, path: Path, sha256: str) -> int:
+    def get_file(self, key: str, path: Path, sha256: str, *, is_read_only: bool = False) -> int:
         """See `ObjectStore.get_file`."""
+        if is_read_only:
+            check_digest(sha256)
+            partial = path.with_name(f".part-{uuid.uuid4().hex}")
+            with self._errors(key):
+                self._require_file(key, self._locate(key))
+            if _link(self._locate(key), partial):
+                return _keep_if_whole(key, partial, path, sha256)
         return copy_object(self, key, path, sha256)
 
     def stat(self, key: str) -> StoredObject:
@@ -112,7 +120,7 @@ class FolderStore:
     def _locate(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _put(self, key: str, chunks: Iterable[bytes], sha256: str, size_bytes: int) -> bool:
+    def _put(self, key: str, chunks: Iterable[bytes], sha256: str, size_bytes: int, source: Path | None = None) -> bool:
         target = self._locate(key)
         check_digest(sha256)
         with disk_errors(self.root):
@@ -122,7 +130,11 @@ class FolderStore:
                 return False
             upload = self.root / _UPLOADS / uuid.uuid4().hex
             try:
-                self._write(key, upload, chunks, sha256)
+                if source is not None and _link(source, upload):
+                    _require_digest(key, upload, sha256)
+                    _flush_file(upload)
+                else:
+                    self._write(key, upload, chunks, sha256)
                 self._make_folder(target.parent)
                 upload.replace(target)
             except BaseException:
@@ -218,6 +230,40 @@ def _describe(key: str, status: os.stat_result) -> StoredObject:
 
 def _report_missing(key: str, root: Path) -> BlobMissing:
     return BlobMissing(f"There is no object {key} in {root}.", key=key)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name; return False where the file system has none to give."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _require_digest(key: str, path: Path, sha256: str) -> int:
+    """Return a file's size in bytes, or raise `BlobCorrupt`."""
+    found, size_bytes = digest_file(path)
+    if found != sha256:
+        raise report_corrupt(key, sha256, found, size_bytes)
+    return size_bytes
+
+
+def _keep_if_whole(key: str, partial: Path, path: Path, sha256: str) -> int:
+    """Move a file to its place if its bytes are right; return their number."""
+    with disk_errors(path.parent):
+        try:
+            size_bytes = _require_digest(key, partial, sha256)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    return size_bytes
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -32,6 +32,12 @@ def blob_key(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
+def blob_digest(key: str) -> str | None:
+    """Return the digest of the blob with this key; None for a key of anything else."""
+    digest = key.rpartition("/")[2]
+    return digest if _DIGEST.fullmatch(digest) and blob_key(digest) == key else None
+
+
 def manifest_key(sha256: str) -> str:
     """Return the key of the manifest with this digest."""
     return f"manifests/{check_digest(sha256)}.json"

@@ -33,8 +33,11 @@ class ObjectStore(Protocol):
     does not answer, and `DiskFull` (retryable) when there is no space left where it writes.
     """
 
-    def put_file(self, key: str, path: Path, sha256: str) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
         """Store the file's bytes, durable when it returns; True if they were written, False if they were there.
+
+        `is_final` promises that nobody writes to the file any more: a store on the same disk may then take the file
+        itself, by a hard link, in place of a copy.
 
         Bytes are digested as they are sent: `BlobCorrupt` if the file's digest is not `sha256`, and then
         nothing is stored. An object of the same digest and size is left alone; any other is replaced.
@@ -49,10 +52,11 @@ class ObjectStore(Protocol):
         The digest is not checked here: a whole read goes through `check_stream`, `read_object` or `get_file`.
         """
 
-    def get_file(self, key: str, path: Path, sha256: str) -> int:
+    def get_file(self, key: str, path: Path, sha256: str, *, is_read_only: bool = False) -> int:
         """Copy the object to `path` and return its size in bytes.
 
-        The file appears only when its digest is right. Raises `BlobMissing` and `BlobCorrupt`.
+        `is_read_only` promises that nobody will write to the file: a store on the same disk may then give its own, by a
+        hard link. The file appears only when its digest is right. Raises `BlobMissing` and `BlobCorrupt`.
         """
 
     def stat(self, key: str) -> StoredObject:

@@ -46,7 +46,7 @@ class S3Store:
         self.options = options
         self._client: Any = _connect(options)
 
-    def put_file(self, key: str, path: Path, sha256: str) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
         """See `ObjectStore.put_file`; "there" is judged by size and by the digest kept with the object."""
         check_key(key)
         check_digest(sha256)
@@ -91,7 +91,7 @@ class S3Store:
         finally:
             body.close()
 
-    def get_file(self, key: str, path: Path, sha256: str) -> int:
+    def get_file(self, key: str, path: Path, sha256: str, *, is_read_only: bool = False) -> int:
         """See `ObjectStore.get_file`."""
         return copy_object(self, key, path, sha256)
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -152,6 +153,32 @@ def test_file_of_several_parts_comes_back_and_is_stored_once(
     assert bench.store.get_file(key, target, sha256) == path.stat().st_size
     assert digest_file(target)[0] == sha256
     assert bench.store.abort_stale_uploads(-3600) == 0
+
+
+def test_file_that_nobody_changes_comes_back(bench: Bench, large_file: tuple[Path, str], tmp_path: Path) -> None:
+    path, sha256 = large_file
+    source, target = tmp_path / "source", tmp_path / "copy"
+    shutil.copyfile(path, source)
+    key = blob_key(sha256)
+    assert bench.store.put_file(key, source, sha256, is_final=True) is True
+    assert bench.store.put_file(key, source, sha256, is_final=True) is False
+    assert bench.store.get_file(key, target, sha256, is_read_only=True) == path.stat().st_size
+    bench.store.delete(key)
+    assert digest_file(target)[0] == sha256
+
+
+def test_file_that_nobody_changes_is_checked_all_the_same(bench: Bench, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "copy"
+    source.write_bytes(b"0123456789")
+    wrong = digest_bytes(b"other")
+    with pytest.raises(BlobCorrupt):
+        bench.store.put_file(blob_key(wrong), source, wrong, is_final=True)
+    assert list(bench.store.list()) == []
+    key = put(bench.store, b"0123456789")
+    bench.damage(key, b"0123456780")
+    with pytest.raises(BlobCorrupt):
+        bench.store.get_file(key, target, digest_bytes(b"0123456789"), is_read_only=True)
+    assert sorted(tmp_path.glob("copy*")) == sorted(tmp_path.glob(".part-*")) == []
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"y" * 70_000])

@@ -10,6 +10,7 @@ from sqlalchemy import select, update
 
 from service.errors import BenchmarkFailed, ChildCrashed, LeaseLost, SourceUnavailable, StoreUnavailable
 from service.ledger import claims, moves, results, views
+from service.ledger.blobs import OutputFile
 from service.ledger.clock import now
 from service.ledger.database import Database
 from service.ledger.tables import Attempt, Step
@@ -303,7 +304,7 @@ def test_usage_of_a_cancelled_attempt_is_kept(play: Play) -> None:
     claim = play.claim("fetch")
     assert claim
     jobs.cancel_job(play.database, TENANT, job_id)
-    log = claims.OutputFile("log.txt", "f" * 64, 3)
+    log = OutputFile("log.txt", "f" * 64, 3)
     results.record_usage(play.database, claim, results.Usage(duration_s=1.5, peak_anon_bytes=7, log=log))
     (step,) = play.job(job_id)["steps"]
     assert (step["state"], step["duration_s"], step["peak_anon_bytes"]) == ("cancelled", 1.5, 7)

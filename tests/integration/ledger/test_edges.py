@@ -192,7 +192,7 @@ def test_a_step_goes_to_the_tools_it_was_planned_for(play: Play) -> None:
     while (claim := play.claim("fetch", "light")) is not None:
         play.finish(claim)
     newer = Toolchain({"converter": "2"}, {"convert": "b"})
-    facts: dict[str, Any] = {"cores": 2, "memory_bytes": 1, "slots": SLOTS, "isolation": {}}
+    facts: dict[str, Any] = {"cores": 2, "memory_bytes": 1, "memory_limit_bytes": 1, "slots": SLOTS, "isolation": {}}
     other = fleet.register_worker(play.database, "host-b", toolchain=newer, **facts)
     assert play.claim("convert", worker_id=other) is None
     assert play.claim("convert")
@@ -208,7 +208,7 @@ def test_a_step_whose_tools_are_gone_is_claimed_to_be_failed(play: Play) -> None
 
     play.database.write(silence)
     newer = Toolchain({"converter": "2"}, {"convert": "b"})
-    facts: dict[str, Any] = {"cores": 2, "memory_bytes": 1, "slots": SLOTS, "isolation": {}}
+    facts: dict[str, Any] = {"cores": 2, "memory_bytes": 1, "memory_limit_bytes": 1, "slots": SLOTS, "isolation": {}}
     other = fleet.register_worker(play.database, "host-b", toolchain=newer, **facts)
     claim = claims.claim_next(play.database, other, "convert", POLICY)
     assert claim

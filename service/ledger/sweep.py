@@ -1,0 +1,214 @@
+"""What the ledger gives up: steps that nobody has used for long, and blobs that nothing refers to.
+
+Decides; `service.sweep` carries out. A blob goes in three moves, each a transaction: its step is retired, so that
+nobody joins it; the blob is condemned, so that no commit counts on it; and after a wait its bytes are deleted under the
+row's lock, if still nothing refers to it. The row stays: it says which bytes a step had made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
+
+from service.ledger import locks
+from service.ledger.clock import now
+from service.ledger.database import Database, Transaction, reads, writes
+from service.ledger.states import FINAL_JOB_STATES, StepState
+from service.ledger.tables import Attempt, Blob, Job, JobStep, JobUpload, Publication, Step, StepOutput, Upload
+
+#: Rows that one transaction takes.
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class BlobRow:
+    """A blob as the sweep sees it."""
+
+    digest: str
+    size_bytes: int
+    #: Kind of a step that made it; None for an upload, or what no step has made.
+    kind: str | None
+    is_condemned: bool
+
+
+@writes
+def retire_unused_steps(tx: Transaction, keep_s: float) -> int:
+    """Let nobody join the shared steps that no job has used for `keep_s`; return how many there were.
+
+    Jobs link whole chains, so a step is never used longer ago than what was made from it: nothing that stays was made
+    from anything that goes, save from a `fetch`, whose content stands in the keys.
+    """
+    step_ids = list(tx.connection.execute(select(Step.id).where(_is_unused(keep_s)).limit(_BATCH)).scalars())
+    # A job that joins holds the step's lock: it is seen here, or it sees the step retired.
+    locks.lock_steps(tx, step_ids)
+    retired = tx.connection.execute(
+        update(Step).where(Step.id.in_(step_ids), _is_unused(keep_s)).values(retired_at=now())
+    )
+    return retired.rowcount
+
+
+@writes
+def drop_unused_uploads(tx: Transaction, keep_s: float) -> int:
+    """Forget uploads that no job names and that are older than `keep_s`; return how many there were."""
+    digests = list(tx.connection.execute(select(Upload.digest).where(_is_unnamed(keep_s)).limit(_BATCH)).scalars())
+    # Whoever submits a job, or uploads again, holds the blob's lock.
+    locks.lock_blobs(tx, digests)
+    dropped = tx.connection.execute(delete(Upload).where(Upload.digest.in_(digests), _is_unnamed(keep_s)))
+    return dropped.rowcount
+
+
+@writes
+def condemn_unreferenced(tx: Transaction) -> list[BlobRow]:
+    """Condemn blobs that nothing refers to and return them; none when all are done."""
+    found = _read_rows(tx.connection, and_(Blob.condemned_at.is_(None), ~_is_referenced()), _BATCH)
+    digests = [row.digest for row in found]
+    locks.lock_blobs(tx, digests)
+    condemned = tx.connection.execute(
+        update(Blob)
+        .where(Blob.digest.in_(digests), Blob.condemned_at.is_(None), ~_is_referenced())
+        .values(condemned_at=now())
+        .returning(Blob.digest)
+    )
+    chosen = set(condemned.scalars())
+    return [row for row in found if row.digest in chosen]
+
+
+@writes
+def condemn_stray(tx: Transaction, digest: str, size_bytes: int) -> bool:
+    """Enter an object that no row names as a condemned blob; return False if a row names it by now."""
+    inserted = tx.connection.execute(
+        tx.insert(Blob)
+        .values(digest=digest, size_bytes=size_bytes, created_at=now(), condemned_at=now())
+        .on_conflict_do_nothing()
+        .returning(Blob.digest)
+    )
+    return inserted.first() is not None
+
+
+@writes
+def delete_condemned(tx: Transaction, digest: str, wait_s: float, delete_bytes: Callable[[], None]) -> bool:
+    """Delete a blob's bytes under its row's lock; return whether they are gone.
+
+    One that something refers to after all is pardoned. A crash in between leaves a condemned row, and the next sweep
+    deletes again.
+    """
+    locks.lock_blobs(tx, [digest])
+    is_due = Blob.digest == digest, _is_due(wait_s)
+    is_referenced = tx.connection.execute(select(_is_referenced()).select_from(Blob).where(*is_due)).scalar()
+    if is_referenced is None:
+        return False
+    if is_referenced:
+        tx.connection.execute(update(Blob).where(*is_due).values(condemned_at=None))
+        return False
+    delete_bytes()
+    tx.connection.execute(update(Blob).where(Blob.digest == digest).values(swept_at=now()))
+    return True
+
+
+@reads
+def count_unused_steps(connection: Connection, keep_s: float) -> int:
+    """How many steps `retire_unused_steps` would retire."""
+    return connection.execute(select(func.count()).select_from(Step).where(_is_unused(keep_s))).scalar_one()
+
+
+def read_unreferenced(database: Database, keep_s: float) -> Iterator[BlobRow]:
+    """Yield the blobs that would be condemned if unused steps and uploads were given up now."""
+    return _page(database, and_(Blob.condemned_at.is_(None), ~_is_referenced(keep_s)))
+
+
+def read_due(database: Database, wait_s: float) -> Iterator[BlobRow]:
+    """Yield the blobs that were condemned `wait_s` ago or earlier."""
+    return _page(database, _is_due(wait_s))
+
+
+def read_stored(database: Database) -> Iterator[BlobRow]:
+    """Yield every blob whose bytes should be in the store, in order of their digests."""
+    return _page(database, Blob.swept_at.is_(None))
+
+
+@reads
+def is_kept(connection: Connection, digest: str) -> bool:
+    """Whether a blob is in the ledger and not condemned."""
+    kept = select(Blob.digest).where(Blob.digest == digest, Blob.condemned_at.is_(None))
+    return connection.execute(kept).first() is not None
+
+
+def _page(database: Database, condition: ColumnElement[bool]) -> Iterator[BlobRow]:
+    last = ""
+    while True:
+        page = database.read(partial(_read_rows, condition=and_(condition, Blob.digest > last)))
+        yield from page
+        if len(page) < _BATCH:
+            return
+        last = page[-1].digest
+
+
+def _read_rows(connection: Connection, condition: ColumnElement[bool], limit: int = _BATCH) -> list[BlobRow]:
+    kind = (
+        select(func.min(Step.kind))
+        .join(StepOutput, StepOutput.step_id == Step.id)
+        .where(StepOutput.digest == Blob.digest)
+        .scalar_subquery()
+    )
+    rows = connection.execute(
+        select(Blob.digest, Blob.size_bytes, kind, Blob.condemned_at)
+        .where(condition)
+        .order_by(Blob.digest)
+        .limit(limit)
+    )
+    return [
+        BlobRow(digest, size_bytes, kind, condemned_at is not None) for digest, size_bytes, kind, condemned_at in rows
+    ]
+
+
+def _is_due(wait_s: float) -> ColumnElement[bool]:
+    return and_(Blob.condemned_at.is_not(None), Blob.condemned_at <= now(-wait_s), Blob.swept_at.is_(None))
+
+
+def _is_unused(keep_s: float) -> ColumnElement[bool]:
+    """Whether a step's bytes are kept for reuse alone, and have not been reused for `keep_s`."""
+    was_used = (
+        exists(select(JobStep.job_id).join(Job, Job.id == JobStep.job_id))
+        .where(JobStep.step_id == Step.id, or_(Job.finalized_at.is_(None), Job.finalized_at > now(-keep_s)))
+        .correlate(Step)
+    )
+    return and_(
+        Step.shared,
+        Step.state == StepState.SUCCEEDED,
+        Step.retired_at.is_(None),
+        Step.finalized_at <= now(-keep_s),
+        ~was_used,
+    )
+
+
+def _is_unnamed(keep_s: float) -> ColumnElement[bool]:
+    is_named = exists(JobUpload.job_id).where(
+        JobUpload.tenant_id == Upload.tenant_id, JobUpload.digest == Upload.digest
+    )
+    return and_(Upload.created_at <= now(-keep_s), ~is_named.correlate(Upload))
+
+
+def _is_referenced(keep_s: float | None = None) -> ColumnElement[bool]:
+    """Whether anything needs a blob; with `keep_s`, as it would be once unused steps and uploads are given up."""
+    is_given_up: ColumnElement[bool] = Step.retired_at.is_not(None)
+    is_held = Upload.digest == Blob.digest
+    if keep_s is not None:
+        is_given_up = or_(is_given_up, _is_unused(keep_s))
+        is_held = and_(is_held, ~_is_unnamed(keep_s))
+    is_wanted = (
+        exists(select(JobStep.job_id).join(Job, Job.id == JobStep.job_id))
+        .where(JobStep.step_id == Step.id, Job.state.not_in(FINAL_JOB_STATES))
+        .correlate(Step)
+    )
+    by_steps = exists(select(StepOutput.step_id).join(Step, Step.id == StepOutput.step_id)).where(
+        StepOutput.digest == Blob.digest, or_(~is_given_up, is_wanted)
+    )
+    return or_(
+        by_steps.correlate(Blob),
+        exists(Publication.id).where(Publication.digest == Blob.digest).correlate(Blob),
+        exists(Attempt.step_id).where(Attempt.log_digest == Blob.digest).correlate(Blob),
+        exists(Upload.digest).where(is_held).correlate(Blob),
+    )
