@@ -21,7 +21,6 @@ from litert_lm_builder import litertlm_core
 from litert_lm_builder import litertlm_header_schema_py_generated as schema
 from litert_lm_builder.litertlm_builder import TfLiteModelType
 
-from service.errors import BundleFailed
 from service.recipes import require_known
 from workers.convert import tokenizer as tokenizers
 from workers.convert.bundle_reader import TASK_GRAPH, TASK_METADATA, TASK_TOKENIZER
@@ -43,8 +42,8 @@ _ALIGNMENT_BYTES = 4096
 #: The extra field by which Android's zipalign pads.
 _ALIGNMENT_FIELD = 0xD935
 
-#: Readers of `.task` do not know the 64-bit zip.
-_MAX_TASK_BYTES = 0xFFFF_FFFF
+#: What Python's zipfile adds to the header of an entry whose size needs 64 bits.
+_LONG_SIZES_BYTES = 20
 
 _CHUNK_BYTES = 1 << 20
 
@@ -80,18 +79,15 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
 
 
 def write_task(target: Path, graph: Path, carried: CarriedTokenizer, metadata: bytes) -> None:
-    """Write a zip of stored entries, the graph first and page-aligned; raises `BundleFailed` from 4 GiB on."""
-    size = graph.stat().st_size
-    if size + len(carried.content) + len(metadata) + _ALIGNMENT_BYTES > _MAX_TASK_BYTES:
-        raise BundleFailed(
-            f"The graph has {size} bytes; a .task file holds less than 4 GiB. Ask for the format 'litertlm' or a "
-            "smaller recipe.",
-            size_bytes=size,
-        )
+    """Write a zip of stored entries, the graph first and page-aligned.
+
+    From 2 GiB on the graph's sizes are those of the 64-bit zip, which LiteRT-LM 0.18 reads.
+    """
+    is_long = graph.stat().st_size > zipfile.ZIP64_LIMIT
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         entry = _describe_entry(TASK_GRAPH)
-        entry.extra = _pad(len(entry.filename.encode()))
-        with graph.open("rb") as source, archive.open(entry, "w") as sink:
+        entry.extra = _pad(len(entry.filename.encode()) + (_LONG_SIZES_BYTES if is_long else 0))
+        with graph.open("rb") as source, archive.open(entry, "w", force_zip64=is_long) as sink:
             shutil.copyfileobj(source, sink, _CHUNK_BYTES)
         archive.writestr(_describe_entry(TASK_TOKENIZER), carried.content)
         archive.writestr(_describe_entry(TASK_METADATA), metadata)
@@ -106,10 +102,13 @@ def _describe_entry(name: str) -> zipfile.ZipInfo:
     return entry
 
 
-def _pad(name_bytes: int) -> bytes:
-    """Return the extra field that moves the content of a first entry to the next page."""
+def _pad(other_bytes: int) -> bytes:
+    """Return the extra field that moves the content of a first entry to the next page.
+
+    `other_bytes`: what else stands between the header's fixed part and the content.
+    """
     local_header_bytes, field_header_bytes = 30, 4
-    padding = -(local_header_bytes + name_bytes + field_header_bytes) % _ALIGNMENT_BYTES
+    padding = -(local_header_bytes + other_bytes + field_header_bytes) % _ALIGNMENT_BYTES
     return _ALIGNMENT_FIELD.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
 
 

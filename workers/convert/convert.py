@@ -119,6 +119,7 @@ def _run_engine(
         with (
             contextlib.redirect_stdout(sys.stderr),
             toolfixes.known_warnings_ignored(),
+            toolfixes.generated_code_deferred(),
             toolfixes.tool_tasks_reported(_follow(progress, signatures=len(prefill_lengths) + 1)),
         ):
             if engine == "traced":

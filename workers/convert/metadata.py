@@ -40,10 +40,12 @@ _TEMPLATE_PRELUDE = """\
 _NO_START_TOKEN = -1
 
 #: What the runtime's template engine lacks, and what means the same there: the tags by which training marks the
-#: assistant's words (only their plainest spelling is known), and looking up a key that may be absent.
+#: assistant's words (only their plainest spelling is known), none, and looking up a key that may be absent.
 _TEMPLATE_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\{%(-?)\s*generation\s*(-?)%\}"), r"{%\1 if true \2%}"),
     (re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}"), r"{%\1 endif \2%}"),
+    # There `none is none` is false, and only a name without a value passes the test.
+    (re.compile(r"(\{%-?\s*set\s+\w+\s*=\s*)[Nn]one(\s*-?%\})"), r"\1_no_value\2"),
     (re.compile(r"""\.get\(\s*('[^']+'|"[^"]+")\s*\)"""), r"[\1]"),
 )
 

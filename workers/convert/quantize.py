@@ -1,7 +1,7 @@
 """The step `quantize`: one recipe applied to the float model; also runs by hand.
 
-Owns what each recipe name means to ai-edge-quantizer. Writes `model.tflite`; knows no bundle and no tokenizer.
-Called by `workers.sandbox` and `python -m workers.convert.quantize`.
+Owns the call of ai-edge-quantizer; what a recipe means to it are the recipe's settings (`service.recipes`). Writes
+`model.tflite`; knows no bundle. Called by `workers.sandbox` and `python -m workers.convert.quantize`.
 """
 
 from __future__ import annotations
@@ -10,74 +10,51 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ai_edge_quantizer import qtyping, quantizer, recipe, recipe_manager
-from ai_edge_quantizer.algorithm_manager import AlgorithmName
+import numpy as np
+from ai_edge_quantizer import quantizer
 
 from service.errors import QuantizationFailed
-from service.recipes import RECIPES, require_known
+from service.recipes import Recipe, find_recipe
+from workers.convert.block_scales import fill_empty_scales
+from workers.convert.calibration import Statistics, calibrate
+from workers.convert.calibration_text import read_calibration_text
+from workers.convert.storage import describe_storage
 from workers.steps import Progress, run_by_hand
 
 MODEL_FILE = "model.tflite"
-
-ToolRecipe = list[dict[str, Any]]
-
-#: Operations whose weights ai-edge-quantizer 0.10.0 casts to float16.
-_FLOAT16_OPERATIONS = (
-    qtyping.TFLOperationName.FULLY_CONNECTED,
-    qtyping.TFLOperationName.EMBEDDING_LOOKUP,
-)
-
-
-def _build_float16() -> ToolRecipe:
-    """Weights of matrix products and embeddings as float16, widened to float32 before use."""
-    manager = recipe_manager.RecipeManager()
-    for operation in _FLOAT16_OPERATIONS:
-        manager.add_quantization_config(
-            regex=".*",
-            operation_name=operation,
-            op_config=qtyping.OpQuantizationConfig(
-                weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
-                compute_precision=qtyping.ComputePrecision.FLOAT,
-                explicit_dequantize=True,
-            ),
-            algorithm_key=AlgorithmName.FLOAT_CASTING,
-        )
-    return list(manager.get_quantization_recipe())
-
-
-#: What each recipe asks of the tool; `none` asks nothing.
-TOOL_RECIPES: dict[str, Callable[[], ToolRecipe] | None] = {
-    "none": None,
-    "float16": _build_float16,
-    "dynamic_int8": recipe.dynamic_wi8_afp32,
-    "weight_only_int8": recipe.weight_only_wi8_afp32,
-    "dynamic_int4": recipe.dynamic_wi4_afp32,
-    "weight_only_int4": recipe.weight_only_wi4_afp32,
-}
+#: The name of an uploaded file in its input folder.
+UPLOAD_FILE = "upload"
 
 
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Write the float model of `inputs["convert"]` under `params["recipe"]`; see `workers.steps`.
 
-    The recipe `none` yields the same bytes. Raises `UnknownName` for another recipe and `QuantizationFailed`
-    when the tool refuses the model or leaves it as it was.
+    `params["settings"]` hold what an own recipe asks of the tool, in canonical form. A recipe that needs calibration
+    reads `inputs["checkpoint"]`, `params["context_length"]` and, for uploaded data, `params["calibration"]` (`kind`:
+    `text` or `prompts`) and `inputs["calibration"]`. The recipe `none` yields the same bytes. The figures say how many
+    bytes and operations the graph holds by the type they are stored in. Raises `UnknownName` for another recipe,
+    `CalibrationInvalid`, and `QuantizationFailed` when the tool refuses the model or leaves it as it was.
     """
-    name = require_known("recipe", params["recipe"], RECIPES)
+    settings = params.get("settings")
+    recipe = find_recipe(params["recipe"], {params["recipe"]: settings} if settings else None)
     source = inputs["convert"] / MODEL_FILE
     target = output_dir / MODEL_FILE
-    build = TOOL_RECIPES[name]
-    progress(f"Quantizing with {name}", 0.0)
-    if build is None:
-        _reuse_bytes(source, target)
+    progress(f"Quantizing with {recipe.name}", 0.0)
+    statistics: Statistics | None = None
+    calibrated: dict[str, Any] = {}
+    if recipe.needs_calibration:
+        statistics, calibrated["calibration"] = _calibrate(params, inputs, recipe, progress)
+    if recipe.settings:
+        _quantize(source, target, recipe, statistics)
     else:
-        _quantize(source, target, name, build())
+        _reuse_bytes(source, target)
     progress("Quantized", 1.0)
-    size, float_size = target.stat().st_size, source.stat().st_size
-    return {"recipe": name, "size_bytes": size, "float_size_bytes": float_size}
+    sizes = {"size_bytes": target.stat().st_size, "float_size_bytes": source.stat().st_size}
+    return {"recipe": recipe.name, **sizes, **describe_storage(target), **calibrated}
 
 
 def _reuse_bytes(source: Path, target: Path) -> None:
@@ -90,26 +67,36 @@ def _reuse_bytes(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _quantize(source: Path, target: Path, name: str, tool_recipe: ToolRecipe) -> None:
+def _calibrate(
+    params: Mapping[str, Any], inputs: Mapping[str, Path], recipe: Recipe, progress: Progress
+) -> tuple[Statistics, dict[str, Any]]:
+    asked = params.get("calibration") or {}
+    upload = inputs["calibration"] / UPLOAD_FILE if "calibration" in inputs else None
+    text = read_calibration_text(asked.get("kind"), upload, inputs["checkpoint"], int(params["context_length"]))
+    with contextlib.redirect_stdout(sys.stderr):
+        return calibrate(inputs["convert"] / MODEL_FILE, recipe.settings, text, progress)
+
+
+def _quantize(source: Path, target: Path, recipe: Recipe, statistics: Statistics | None) -> None:
     try:
-        # The tool reports on standard output, which belongs to the figures.
-        with contextlib.redirect_stdout(sys.stderr):
-            result = quantizer.Quantizer(str(source), tool_recipe).quantize()
+        # The tool reports on standard output, which belongs to the figures, and divides blocks of zeros by their range.
+        with contextlib.redirect_stdout(sys.stderr), np.errstate(divide="ignore", invalid="ignore"):
+            tool = quantizer.Quantizer(str(source), [dict(entry) for entry in recipe.settings])
+            # Both files are mapped: neither is held in memory, whatever its size.
+            tool.quantize(
+                statistics, serialize_to_path=str(target), enable_progress_bar=False, enable_progress_report=False
+            )
     except Exception as error:
         # The tool has no exceptions of its own; all of them mean that this model was not quantized.
         raise QuantizationFailed(
-            f"The quantizer refused the model with the recipe {name!r}: {error}", recipe=name
+            f"The quantizer refused the model with the recipe {recipe.name!r}: {error}", recipe=recipe.name
         ) from error
-    content = result.quantized_model
-    if content is None:
-        raise QuantizationFailed(f"The quantizer returned no model for the recipe {name!r}.", recipe=name)
-    with target.open("wb") as stream:
-        stream.write(content)
-    if target.stat().st_size >= source.stat().st_size:
+    if recipe.has_blocks:
+        fill_empty_scales(target)
+    if describe_storage(target) == describe_storage(source):
         raise QuantizationFailed(
-            f"The recipe {name!r} made the model no smaller ({target.stat().st_size} bytes); it holds no weights that "
-            "this recipe covers.",
-            recipe=name,
+            f"The recipe {recipe.name!r} changed nothing: the graph holds no weights that it covers.",
+            recipe=recipe.name,
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from service.errors import CheckpointInvalid
-from workers.convert import toolfixes
+from workers.convert import side_by_side, toolfixes
 from workers.convert.architectures import DecoderShape
 from workers.convert.architectures.parameters import (
     IGNORED_TENSOR,
@@ -22,7 +22,7 @@ from workers.convert.architectures.parameters import (
     list_parameters,
 )
 from workers.convert.reauthored_layers import Decoder, compute_frequencies
-from workers.convert.weights import CheckpointTensors
+from workers.convert.weights import CheckpointTensors, map_parameters
 
 with toolfixes.schema_without_tensorflow():
     from litert_torch.generative.layers import kv_cache
@@ -39,31 +39,37 @@ def convert(
 
     The KV cache is transposed (keys [1, heads, context, head], values [1, heads, head, context]) and the mask
     is an input: with any other layout LiteRT-LM 0.18 reads a context of two tokens, and with a mask made inside
-    the graph decoding was half as fast.
+    the graph decoding was half as fast. No copy of the weights is held in anonymous memory.
     """
-    model = build_model(checkpoint_dir, shape, context_length)
-    written = converter.convert_to_tflite(
-        model,
-        output_path=str(output_dir),
-        output_name_prefix="model",
-        prefill_seq_len=list(prefill_lengths),
-        kv_cache_max_len=context_length,
-        quantize="none",
-        export_config=ExportConfig(kvcache_layout=kv_cache.KV_LAYOUT_TRANSPOSED, mask_as_input=True),
-    )
+    model = build_model(checkpoint_dir, shape, context_length, output_dir / "weights")
+    with side_by_side.signatures_side_by_side(), toolfixes.weights_taken_in_place():
+        written = converter.convert_to_tflite(
+            model,
+            output_path=str(output_dir),
+            output_name_prefix="model",
+            prefill_seq_len=list(prefill_lengths),
+            kv_cache_max_len=context_length,
+            quantize="none",
+            export_config=ExportConfig(kvcache_layout=kv_cache.KV_LAYOUT_TRANSPOSED, mask_as_input=True),
+        )
     return Path(written)
 
 
-def build_model(checkpoint_dir: Path, shape: DecoderShape, context_length: int) -> Decoder:
+def build_model(
+    checkpoint_dir: Path, shape: DecoderShape, context_length: int, weights_path: Path | None = None
+) -> Decoder:
     """Return the re-authored float32 model with the checkpoint's weights.
 
-    Raises `CheckpointInvalid` when weights and config disagree.
+    With `weights_path` they lie in that new file, mapped, so that the kernel can page them out. Raises
+    `CheckpointInvalid` when weights and config disagree.
     """
     # On the meta device first: no time and memory for random values that are overwritten at once.
     with torch.device("meta"):
         model = Decoder(shape, context_length)
     model = model.to_empty(device="cpu")
     model.finish()
+    if weights_path is not None:
+        map_parameters(model, weights_path)
     with CheckpointTensors(checkpoint_dir, partial(complete_names, shape)) as tensors, torch.no_grad():
         _load_weights(model, shape, tensors)
         tensors.require_all_used(IGNORED_TENSOR)

@@ -17,6 +17,7 @@ from torch import nn
 from service.errors import ArchitectureUnsupported
 from workers.convert import toolfixes
 from workers.convert.architectures import DecoderShape, Rope
+from workers.convert.architectures.shape import LayerSizes
 
 with toolfixes.schema_without_tensorflow():
     from litert_torch.generative.layers import kv_cache, normalization, rotary_position_embedding
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
         self.tok_embedding = nn.Embedding(shape.vocabulary_size, shape.hidden_size)
         if shape.names.positions is not None:
             self.positions = nn.Embedding(shape.context_length, shape.hidden_size)
-        self.transformer_blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.transformer_blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
         self.final_norm = build_norm(shape, shape.hidden_size)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocabulary_size, bias=shape.output_bias)
         self.distance_bias: torch.Tensor | None = None
@@ -71,7 +72,8 @@ class Decoder(nn.Module):
         if self.shape.embedding_scale is not None:
             hidden = hidden * self.shape.embedding_scale
         if self.shape.names.positions is not None:
-            hidden = hidden + self.positions(input_pos)
+            # LiteRT-LM 0.18.1 scores a text from position -1 on; a lookup there would end the run.
+            hidden = hidden + self.positions(input_pos.clamp(min=0))
         rotations = self._compute_rotations(input_pos)
         masks = self._compute_masks(mask, input_pos)
         entries = []
@@ -115,13 +117,14 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, one after the other or side by side."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
         names, hidden = shape.names, shape.hidden_size
+        sizes = shape.find_sizes(layer)
         self.is_parallel = shape.is_parallel
         self.attention_norm = build_norm(shape, hidden)
-        self.attention = Attention(shape)
-        self.feed_forward = FeedForward(shape)
+        self.attention = Attention(shape, sizes)
+        self.feed_forward = FeedForward(shape, sizes)
         self.attention_output_norm = build_norm(shape, hidden) if names.attention_output_norm else nn.Identity()
         self.feed_forward_norm = build_norm(shape, hidden) if names.feed_forward_norm else None
         self.feed_forward_output_norm = build_norm(shape, hidden) if names.feed_forward_output_norm else nn.Identity()
@@ -150,14 +153,14 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal attention over a transposed cache; queries, keys and values come out of one projection."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, sizes: LayerSizes) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_size = shape.heads, shape.key_value_heads, shape.head_size
+        self.heads, self.groups, self.head_size = sizes.heads, sizes.key_value_heads, shape.head_size
         self.scale = shape.attention_scale or 1.0 / math.sqrt(shape.head_size)
         self.softcap = shape.attention_softcap
-        rows = (shape.heads + 2 * shape.key_value_heads) * shape.head_size
+        rows = (self.heads + 2 * self.groups) * self.head_size
         self.inputs = nn.Linear(shape.hidden_size, rows, bias=shape.attention_bias)
-        self.output = nn.Linear(shape.heads * shape.head_size, shape.hidden_size, bias=shape.attention_output_bias)
+        self.output = nn.Linear(self.heads * self.head_size, shape.hidden_size, bias=shape.attention_output_bias)
         self.query_norm = build_norm(shape, shape.head_size) if shape.names.query_norm else nn.Identity()
         self.key_norm = build_norm(shape, shape.head_size) if shape.names.key_norm else nn.Identity()
 
@@ -189,9 +192,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """One hidden layer, gated or not; a gate that is stored with its partner stays with it."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, sizes: LayerSizes) -> None:
         super().__init__()
-        size, bias = shape.intermediate_size, shape.feed_forward_bias
+        size, bias = sizes.intermediate_size, shape.feed_forward_bias
         self.is_gated = shape.is_gated
         self.is_fused = shape.is_gated and len(shape.names.feed_forward_inputs) == 1
         self.activation = shape.activation
@@ -231,19 +234,22 @@ def build_norm(shape: DecoderShape, size: int) -> nn.Module:
 
 def build_config(shape: DecoderShape, context_length: int) -> generative.ModelConfig:
     """Return what litert-torch needs to know of the model: the caches' sizes. The rest is in `shape`."""
-    attention = generative.AttentionConfig(
-        num_heads=shape.heads, head_dim=shape.head_size, num_query_groups=shape.key_value_heads
-    )
     activation = generative.ActivationConfig(generative.ActivationType.LINEAR)
-    feed_forward = generative.FeedForwardConfig(
-        generative.FeedForwardType.SEQUENTIAL, activation, shape.intermediate_size
-    )
+    blocks = []
+    for sizes in map(shape.find_sizes, range(shape.layers)):
+        attention = generative.AttentionConfig(
+            num_heads=sizes.heads, head_dim=shape.head_size, num_query_groups=sizes.key_value_heads
+        )
+        feed_forward = generative.FeedForwardConfig(
+            generative.FeedForwardType.SEQUENTIAL, activation, sizes.intermediate_size
+        )
+        blocks.append(generative.TransformerBlockConfig(attention, feed_forward))
     return generative.ModelConfig(
         vocab_size=shape.vocabulary_size,
         num_layers=shape.layers,
         max_seq_len=context_length,
         embedding_dim=shape.hidden_size,
-        block_configs=generative.TransformerBlockConfig(attention, feed_forward),
+        block_configs=blocks,
         lm_head_share_weight_with_embedding=shape.tied_embeddings,
     )
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from ai_edge_litert import schema_py_generated
 
@@ -86,6 +87,108 @@ def sparse_activations_kept() -> Iterator[None]:
         yield
     finally:
         patch.Gemma3nTextMLP._gaussian_topk = original
+
+
+def accept_experts_of_gemma4() -> None:
+    """Let transformers (5.23) accept the exporter's subclass of Gemma 4's text model.
+
+    Whether a class lets its experts be chosen is read from the source of the module that defines it, and the exporter
+    defines the subclass elsewhere: it is refused what the whole model has chosen. The answer is kept on the class that
+    was asked, and inherited.
+    """
+    from transformers.models.gemma4 import modeling_gemma4
+
+    modeling_gemma4.Gemma4TextModel._can_set_experts_implementation()
+
+
+@contextmanager
+def convolutions_begun_anew() -> Iterator[None]:
+    """Let LFM2's convolutions forget an earlier text when a new one begins.
+
+    Upstream: LiteRT-LM 0.18.1 hands the states of convolutions that one session left to the next session of the same
+    engine. It masks keys and values by position, but nothing masks a state: the first tokens of every later text saw
+    the end of another. The graph clears the states at position 0 (litert-torch 0.10.0,
+    `generative/export_hf/model_ext/lfm2/short_conv.py`).
+    """
+    # Not at the top: light modules read this file too.
+    from litert_torch.generative.export_hf.model_ext.lfm2 import short_conv
+
+    original = short_conv.Lfm2ShortConv.forward
+
+    def forward(self: Any, hidden_states: Any, past_key_values: Any, cache_position: Any, **others: Any) -> Any:
+        layer = past_key_values.layers[self.layer_idx]
+        layer.conv_states = layer.conv_states * (cache_position[:1] > 0).to(layer.conv_states.dtype)
+        return original(self, hidden_states, past_key_values, cache_position, **others)
+
+    short_conv.Lfm2ShortConv.forward = forward
+    try:
+        yield
+    finally:
+        short_conv.Lfm2ShortConv.forward = original
+
+
+@contextmanager
+def weights_taken_in_place() -> Iterator[None]:
+    """Let the converter read large weights where they lie, instead of copying them up to three times.
+
+    Upstream: litert-torch 0.10.0 (`generative/utilities/converter.py`) does not pass `lightweight_conversion` on. With
+    it a weight of 1 MiB or more is an MLIR resource and not an attribute of the MLIR context. The graph has the same
+    operators and bytes, as long as no such weight is to be folded into another constant; only the weights' tensors lose
+    their names. The model must outlive the conversion.
+    """
+    # Not at the top: light modules read this file too.
+    from litert_torch._convert import core
+
+    convert = core.convert_signatures
+
+    def convert_in_place(signatures: Any, **options: Any) -> Any:
+        in_place = {"lightweight_conversion": True, "runtime_constant_folding": False}
+        return convert(signatures, **{**options, **in_place})
+
+    core.convert_signatures = convert_in_place
+    try:
+        yield
+    finally:
+        core.convert_signatures = convert
+
+
+@contextmanager
+def generated_code_deferred() -> Iterator[None]:
+    """Let a graph's Python code be generated when it is called or read, not whenever the graph has changed.
+
+    Upstream: torch 2.13.0 (`torch/fx/graph_module.py`, `GraphModule.recompile`) generates and compiles the source of a
+    whole graph at each change; exporting and decomposing change a graph dozens of times and interpret it instead of
+    calling it. A sixth of a conversion went there. `torch.fx._lazy_graph_module` does the same for some of the graphs.
+    """
+    # Not at the top: light modules read this file too.
+    from torch.fx import GraphModule
+    from torch.fx.graph import _PyTreeCodeGen
+
+    generate = GraphModule.recompile
+    code: Any = GraphModule.code
+
+    def defer(self: Any) -> None:
+        codegen = self._graph._codegen
+        if isinstance(codegen, _PyTreeCodeGen):
+            self._in_spec = codegen.pytree_info.in_spec
+            self._out_spec = codegen.pytree_info.out_spec
+        self._code = None
+        type(self).forward = generate_and_call
+
+    def generate_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generate(self)
+        return self.forward(*args, **kwargs)
+
+    def read_code(self: Any) -> str:
+        if self._code is None:
+            generate(self)
+        return str(code.fget(self))
+
+    with (
+        mock.patch.object(GraphModule, "recompile", defer),
+        mock.patch.object(GraphModule, "code", property(read_code)),
+    ):
+        yield
 
 
 _MARKUP = re.compile(r"\[/?[a-z ]+\]")

@@ -10,7 +10,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from workers.convert import toolfixes
+from workers.convert import side_by_side, toolfixes
 
 # Importing the exporter makes transformers print on standard output, which belongs to a step's figures.
 with toolfixes.schema_without_tensorflow(), contextlib.redirect_stdout(sys.stderr):
@@ -23,7 +23,12 @@ def convert(checkpoint_dir: Path, prefill_lengths: list[int], context_length: in
     The exporter reads the folder through transformers and works in memory: about 3.3 times the float32 weights.
     Inputs, outputs, KV layout and mask are those of the engine `reauthored`.
     """
-    with toolfixes.sparse_activations_kept():
+    toolfixes.accept_experts_of_gemma4()
+    with (
+        toolfixes.sparse_activations_kept(),
+        toolfixes.convolutions_begun_anew(),
+        side_by_side.signatures_side_by_side(),
+    ):
         export.export(
             model=str(checkpoint_dir),
             output_dir=str(output_dir),

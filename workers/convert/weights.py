@@ -1,13 +1,15 @@
 """Streaming of safetensors into a torch module's parameters.
 
 Owns reading tensors one at a time, from one file or from shards with an index, in bfloat16, float16 or
-float32, as float32. Knows no architecture: which names a shape expects it is told. Called by
-`workers.convert.reauthored`.
+float32, as float32, and the file that parameters can lie in. Knows no architecture: which names a shape expects it is
+told. Called by `workers.convert.reauthored`.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -114,3 +117,20 @@ class CheckpointTensors:
                 "do not belong together.",
                 tensors=left,
             )
+
+
+def map_parameters(model: torch.nn.Module, path: Path) -> None:
+    """Let every parameter of a float32 model lie in the new file `path`, at a page of its own; values are undefined.
+
+    Raises `OSError` when the disk has no room: it is taken at once, for a write to a full disk would kill the process.
+    """
+    page_bytes = mmap.ALLOCATIONGRANULARITY
+    sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
+    places = [-(-size // page_bytes) * page_bytes for size in sizes]
+    with path.open("xb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, sum(places))
+    begin = 0
+    for parameter, place_bytes in zip(model.parameters(), places, strict=True):
+        mapped = np.memmap(path, dtype=np.float32, mode="r+", offset=begin, shape=tuple(parameter.shape))
+        parameter.data = torch.from_numpy(mapped)
+        begin += place_bytes

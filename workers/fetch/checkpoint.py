@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import CheckpointInvalid, CheckpointUnsafe
-from workers.convert.architectures import DecoderShape, Family, find_family
+from workers.convert.architectures import FAMILIES, DecoderShape, Family, find_family
 from workers.convert.architectures.parameters import complete_names, find_embedding, find_output
 from workers.fetch.chat_template import list_templates, try_template
 from workers.fetch.decoder_weights import require_bounds
@@ -52,16 +52,17 @@ class Checkpoint:
     has_evaluation: bool
 
 
-def read_checkpoint(folder: Path, progress: Progress) -> Checkpoint:
+def read_checkpoint(folder: Path, progress: Progress, *, is_code_ignored: bool = False) -> Checkpoint:
     """Check a folder of fetched files and return what they are.
 
-    Cheap refusals come first, the scan of all weights last. Raises `CheckpointInvalid`, `CheckpointUnsafe`,
+    Cheap refusals come first, the scan of all weights last. `is_code_ignored`: take the built-in class where the files
+    name code of their own. Raises `CheckpointInvalid`, `CheckpointUnsafe`,
     `ChatTemplateInvalid` and `ArchitectureUnsupported`, each naming file and reason.
     """
     progress("reading the configuration", 0.0)
     _require_files(folder)
-    family, shape = _read_config(folder)
-    tokenizer_config = read_tokenizer_config(folder)
+    family, shape = _read_config(folder, is_code_ignored)
+    tokenizer_config = read_tokenizer_config(folder, is_code_ignored=is_code_ignored)
     tokenizer = read_tokenizer(folder, tokenizer_config)
     if tokenizer.vocabulary_size > shape.vocabulary_size:
         raise CheckpointInvalid(
@@ -106,10 +107,11 @@ def _require_files(folder: Path) -> None:
     choose_needed(files, "The checkpoint")
 
 
-def _read_config(folder: Path) -> tuple[Family, DecoderShape]:
+def _read_config(folder: Path, is_code_ignored: bool) -> tuple[Family, DecoderShape]:
     config = read_json_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    refuse_unsafe(config, CONFIG_FILE)
     names = config.get("architectures")
+    is_built_in = isinstance(names, list) and any(name in FAMILIES for name in names if isinstance(name, str))
+    refuse_unsafe(config, CONFIG_FILE, is_code_ignored=is_code_ignored, is_built_in=is_built_in)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or len(names[0]) > 100:
         raise CheckpointInvalid(
             "config.json: architectures must be a list of one name, such as ['LlamaForCausalLM'].",
@@ -130,7 +132,7 @@ def _read_config(folder: Path) -> tuple[Family, DecoderShape]:
     _require_token_ids(config, CONFIG_FILE, shape.vocabulary_size)
     if (folder / GENERATION_FILE).is_file():
         generation = read_json_object(folder / GENERATION_FILE, MAX_CONFIG_BYTES)
-        refuse_unsafe(generation, GENERATION_FILE)
+        refuse_unsafe(generation, GENERATION_FILE, is_code_ignored=is_code_ignored)
         _require_token_ids(generation, GENERATION_FILE, shape.vocabulary_size)
     return family, shape
 

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.errors import RequestUnfit, TokenizerUnsupported
-from service.recipes import ENGINES, FORMATS, require_known
+from service.errors import CalibrationInvalid, RequestUnfit, TokenizerUnsupported
+from service.recipes import ENGINES, FORMATS, find_recipe, require_divisible, require_known, require_runnable
 from workers.convert.architectures import FAMILIES, Family
+from workers.convert.architectures.parameters import list_row_lengths
 from workers.fetch.checkpoint import Checkpoint, read_checkpoint
+from workers.fetch.memory import predict_peaks
 from workers.steps import Progress, run_by_hand
 
 #: Tokens of context when the job names none: what the field's exporters choose, and small enough for phones.
@@ -33,18 +35,22 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
 
     `params`: `engines`, `formats`, `prefill_lengths` (tokens, or null for one of at most min(128, half the context)),
     `context_length` (tokens, or null for at most min(the model's, 1280)). The context is a multiple of the largest
-    prefill length: the runtime fills the cache in whole chunks, and a last chunk beyond it would be lost. Writes no
-    output. Raises `CheckpointInvalid`, `CheckpointUnsafe`, `ChatTemplateInvalid`, `ArchitectureUnsupported`,
-    `RequestUnfit`, `TokenizerUnsupported`.
+    prefill length: the runtime fills the cache in whole chunks, and a last chunk beyond it would be lost.
+    `ignore_custom_code` lets checkpoints pass that name code beside a built-in class. `recipes` are what memory is
+    predicted for; they, `own_recipes` and `calibration` (`kind`, or null) are held against the weights' shapes and the
+    chat template. Writes no output. Raises `CheckpointInvalid`, `CheckpointUnsafe`, `ChatTemplateInvalid`,
+    `ArchitectureUnsupported`, `RequestUnfit`, `TokenizerUnsupported`, `RecipeUnfit`, `CalibrationInvalid`.
     """
     formats = [require_known("format", name, FORMATS) for name in params["formats"]]
     engines = [require_known("engine", name, ENGINES) for name in params["engines"]]
-    checkpoint = read_checkpoint(inputs["checkpoint"], progress)
+    is_code_ignored = bool(params.get("ignore_custom_code"))
+    checkpoint = read_checkpoint(inputs["checkpoint"], progress, is_code_ignored=is_code_ignored)
     resolved = {engine: _resolve_engine(engine, checkpoint.family) for engine in engines}
     context_length, prefill_lengths = _choose_lengths(
         params.get("context_length"), params.get("prefill_lengths"), checkpoint.shape.context_length
     )
     _require_tokenizer(formats, checkpoint)
+    _require_recipes(params, [engine for engine, _ in resolved.values()], formats, checkpoint)
     shape, tokenizer = checkpoint.shape, checkpoint.tokenizer
     return {
         "architecture": checkpoint.family.architecture,
@@ -62,6 +68,15 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
         "has_evaluation": checkpoint.has_evaluation,
         "vocabulary_size": shape.vocabulary_size,
         "layers": shape.layers,
+        "predicted_peak_anon_bytes": predict_peaks(
+            shape,
+            checkpoint.parameters,
+            engines=sorted({engine for engine, _ in resolved.values()}),
+            recipes=params.get("recipes", ()),
+            formats=formats,
+            prefill_lengths=prefill_lengths,
+            context_length=context_length,
+        ),
     }
 
 
@@ -160,6 +175,23 @@ def _require_tokenizer(formats: list[str], checkpoint: Checkpoint) -> None:
             "tokenizer.json as it is.",
             format="task",
             file="tokenizer.json",
+        )
+
+
+def _require_recipes(params: Mapping[str, Any], engines: list[str], formats: list[str], checkpoint: Checkpoint) -> None:
+    """Refuse recipes before anything is converted: what these engines and formats, or this checkpoint, cannot do."""
+    own_recipes = params.get("own_recipes") or {}
+    recipes = [find_recipe(name, own_recipes) for name in params.get("recipes", ())]
+    for recipe in recipes:
+        require_runnable(recipe, engines, formats)
+        require_divisible(recipe, list_row_lengths(checkpoint.shape))
+    calibrated = [recipe.name for recipe in recipes if recipe.needs_calibration]
+    asked = params.get("calibration") or {}
+    if calibrated and asked.get("kind") == "prompts" and not checkpoint.has_chat_template:
+        raise CalibrationInvalid(
+            f"The recipe {calibrated[0]!r} was to be calibrated with prompts, but the checkpoint has no chat template "
+            "to render them with; upload plain text as the kind text.",
+            kind="prompts",
         )
 
 

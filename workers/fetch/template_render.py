@@ -1,9 +1,10 @@
 """Render one chat template inside limits of its own and say how it went.
 
 Owns a process: a script that `workers.fetch.chat_template` starts by path with `python -I`. Reads a JSON object
-from standard input (`template`, `conversations`, `variables`, `limits`), writes one to standard output
-(`outcome`, `reason`). Imports nothing of this project, so that it starts in a tenth of a second. What it renders
-is hostile: an endless loop ends by a signal that kills the process, memory by a limit on its address space.
+from standard input (`template`, `conversations`, `variables`, `limits`, `is_kept`), writes one to standard output
+(`outcome`, `reason` and, where they are kept, `texts`: one a conversation, null where the template declined it).
+Imports nothing of this project, so that it starts in a tenth of a second. What it renders is hostile: an endless loop
+ends by a signal that kills the process, memory by a limit on its address space.
 
 Source of the environment (options, extension, functions): `transformers.utils.chat_template_utils`.
 """
@@ -63,8 +64,8 @@ def _set_limits(limits: dict[str, int]) -> None:
     signal.setitimer(signal.ITIMER_REAL, limits["time_s"])
 
 
-def _render(request: dict[str, Any]) -> dict[str, str]:
-    """Return the outcome: `rendered`, `syntax`, `raised`, `failed`, `memory` or `output`."""
+def _render(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the outcome: `rendered` with the texts, `syntax`, `raised`, `failed`, `memory` or `output`."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
@@ -73,26 +74,32 @@ def _render(request: dict[str, Any]) -> dict[str, str]:
     environment.globals["strftime_now"] = _format_now
     try:
         template = environment.from_string(request["template"])
+        texts: list[str | None] = []
         for number, conversation in enumerate(request["conversations"]):
             try:
                 length = 0
+                pieces = []
                 for piece in template.generate(
                     messages=conversation, add_generation_prompt=True, **request["variables"]
                 ):
+                    if request["is_kept"]:
+                        pieces.append(piece)
                     length += len(piece)
                     if length > request["limits"]["output_characters"]:
                         return {"outcome": "output", "reason": ""}
+                texts.append("".join(pieces))
             except TemplateRaised as error:
                 # A template may decline a longer conversation, but not the plainest one.
                 if number == 0:
                     return {"outcome": "raised", "reason": str(error)}
+                texts.append(None)
     except MemoryError:
         return {"outcome": "memory", "reason": ""}
     except jinja2.TemplateSyntaxError as error:
         return {"outcome": "syntax", "reason": f"line {error.lineno}: {str(error.message)[:200]}"}
     except Exception as error:  # a template can provoke any of them; each is a refusal
         return {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
-    return {"outcome": "rendered", "reason": ""}
+    return {"outcome": "rendered", "reason": "", "texts": texts}
 
 
 if __name__ == "__main__":

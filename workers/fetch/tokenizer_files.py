@@ -61,7 +61,7 @@ def read_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> Tokeniz
     return TokenizerFacts(kind, max(sizes), obstacle)
 
 
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+def read_tokenizer_config(folder: Path, *, is_code_ignored: bool = False) -> dict[str, Any]:
     """Return tokenizer_config.json (empty if there is none), refusing fields that name code or paths."""
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
@@ -72,7 +72,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         return {}
     document = read_json_object(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    refuse_unsafe_tokenizer(document, CONFIG_FILE)
+    refuse_unsafe_tokenizer(document, CONFIG_FILE, is_code_ignored=is_code_ignored)
     return document
 
 

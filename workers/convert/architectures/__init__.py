@@ -19,13 +19,16 @@ from workers.convert.architectures import (
     gemma3n,
     gemma4,
     gpt2,
+    granite,
     lfm2,
     llama,
     mistral,
+    openelm,
     phi,
     phi3,
     qwen2,
     qwen3,
+    smollm3,
 )
 from workers.convert.architectures.shape import DecoderShape, Rope
 
@@ -39,6 +42,8 @@ class Family:
     #: As transformers writes it in `model_type`.
     name: str
     architecture: str
+    #: Models of the field that have it.
+    models: str
     read_shape: Callable[[Mapping[str, Any]], DecoderShape]
     #: Engines that convert it, best first.
     engines: tuple[str, ...]
@@ -58,40 +63,51 @@ _EQUAL = (
 _NO_WINDOWS = "the other engine's exporter takes neither its window nor wavelengths that change with the text's length"
 _NO_ATTENTION = "its class in transformers does not let the other engine's attention in"
 _NO_KEY_VALUE_HEADS = "the other engine's exporter asks for key-value heads, which its config does not name"
+_NO_CLASS = "the other engine needs a class of transformers, which has none"
 _UNTRIED = "the other engine is not tried with its window"
 _UNLIKE = "its layers are unlike any that the other engine rebuilds; the logits differ by less than 1e-6 of their range"
 
 #: Architectures of the field that no engine converts, and why.
 UNCONVERTIBLE: dict[str, str] = {
-    "OpenELMForCausalLM": "transformers has no class for it, only code that comes with the checkpoint, which is never "
-    "run; so there is nothing to prove an artifact against",
-    "Qwen3_5ForCausalLM": "its linear attention becomes the operator 'gated_delta_update', which the runtime lacks on "
-    "CPUs",
+    "Qwen3_5ForCausalLM": "its linear attention becomes the operator 'gated_delta_update', which the interpreter lacks "
+    "on CPUs, and LiteRT-LM 0.18.1 has no buffers for its states (kv_cache_r)",
     "Gemma3ForConditionalGeneration": "it holds an image encoder; submit its text model as Gemma3ForCausalLM",
     "Gemma3nForConditionalGeneration": "it holds image and audio encoders; submit its text model as Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "it holds image and audio encoders; submit its text model as Gemma4ForCausalLM",
-    "Qwen3_5ForConditionalGeneration": "it holds an image encoder, and its text model needs an operator that the "
-    "runtime lacks on CPUs",
+    "Qwen3_5ForConditionalGeneration": "it holds an image encoder, and its text model needs the operator "
+    "'gated_delta_update', which the interpreter lacks on CPUs",
 }
 
 #: By the name that stands in `config.json` under "architectures".
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("llama", "LlamaForCausalLM", llama.read_shape, _BOTH, _EQUAL),
-        Family("mistral", "MistralForCausalLM", mistral.read_shape, _REAUTHORED, _UNTRIED),
-        Family("qwen2", "Qwen2ForCausalLM", qwen2.read_shape, _BOTH, _EQUAL),
-        Family("qwen3", "Qwen3ForCausalLM", qwen3.read_shape, _BOTH, _EQUAL),
-        Family("gemma", "GemmaForCausalLM", gemma.read_shape, _BOTH, _EQUAL),
-        Family("gemma2", "Gemma2ForCausalLM", gemma2.read_shape, _BOTH, _EQUAL),
-        Family("gemma3_text", "Gemma3ForCausalLM", gemma3.read_shape, _BOTH, _EQUAL),
-        Family("phi", "PhiForCausalLM", phi.read_shape, _BOTH, _EQUAL),
-        Family("phi3", "Phi3ForCausalLM", phi3.read_shape, _REAUTHORED, _NO_WINDOWS),
-        Family("falcon", "FalconForCausalLM", falcon.read_shape, _REAUTHORED, _NO_ATTENTION),
-        Family("gpt2", "GPT2LMHeadModel", gpt2.read_shape, _REAUTHORED, _NO_KEY_VALUE_HEADS),
-        Family("gemma3n_text", "Gemma3nForCausalLM", gemma3n.read_shape, _TRACED, _UNLIKE),
-        Family("gemma4_text", "Gemma4ForCausalLM", gemma4.read_shape, _TRACED, _UNLIKE),
-        Family("lfm2", "Lfm2ForCausalLM", lfm2.read_shape, _TRACED, _UNLIKE),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            "Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM, SmolLM2, AMD-Llama",
+            llama.read_shape,
+            _BOTH,
+            _EQUAL,
+        ),
+        Family("mistral", "MistralForCausalLM", "Mistral", mistral.read_shape, _REAUTHORED, _UNTRIED),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", qwen2.read_shape, _BOTH, _EQUAL
+        ),
+        Family("qwen3", "Qwen3ForCausalLM", "Qwen3", qwen3.read_shape, _BOTH, _EQUAL),
+        Family("gemma", "GemmaForCausalLM", "Gemma", gemma.read_shape, _BOTH, _EQUAL),
+        Family("gemma2", "Gemma2ForCausalLM", "Gemma 2", gemma2.read_shape, _BOTH, _EQUAL),
+        Family("gemma3_text", "Gemma3ForCausalLM", "Gemma 3, text", gemma3.read_shape, _BOTH, _EQUAL),
+        Family("phi", "PhiForCausalLM", "Phi-1, Phi-1.5, Phi-2", phi.read_shape, _BOTH, _EQUAL),
+        Family("phi3", "Phi3ForCausalLM", "Phi-3, Phi-3.5, Phi-4-mini", phi3.read_shape, _REAUTHORED, _NO_WINDOWS),
+        Family("falcon", "FalconForCausalLM", "Falcon 1B, 7B, 40B", falcon.read_shape, _REAUTHORED, _NO_ATTENTION),
+        Family("gpt2", "GPT2LMHeadModel", "GPT-2", gpt2.read_shape, _REAUTHORED, _NO_KEY_VALUE_HEADS),
+        Family("openelm", "OpenELMForCausalLM", "OpenELM", openelm.read_shape, _REAUTHORED, _NO_CLASS),
+        Family("smollm3", "SmolLM3ForCausalLM", "SmolLM3", smollm3.read_shape, _TRACED, _UNLIKE),
+        Family("granite", "GraniteForCausalLM", "Granite 3, dense", granite.read_shape, _TRACED, _UNLIKE),
+        Family("gemma3n_text", "Gemma3nForCausalLM", "Gemma 3n, text", gemma3n.read_shape, _TRACED, _UNLIKE),
+        Family("gemma4_text", "Gemma4ForCausalLM", "Gemma 4, text", gemma4.read_shape, _TRACED, _UNLIKE),
+        Family("lfm2", "Lfm2ForCausalLM", "LFM2", lfm2.read_shape, _TRACED, _UNLIKE),
     )
 }
 
@@ -104,7 +120,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         return FAMILIES[name]
     if name in UNCONVERTIBLE:
         raise ArchitectureUnsupported(
-            f"config.json names the architecture {name!r}, which no engine converts: {UNCONVERTIBLE[name]}.",
+            f"config.json names the architecture {name!r}, which no engine converts: {UNCONVERTIBLE[name]}. "
+            f"Supported are {', '.join(FAMILIES)}.",
             architectures=names,
             supported=list(FAMILIES),
         )

@@ -124,8 +124,10 @@ def read_decoder(reader: ConfigReader, architecture: str, defaults: Defaults, **
     """
     if reader.config.get("quantization_config") is not None:
         raise reader.refuse("quantization_config", reader.config["quantization_config"], "give float weights")
-    heads = reader.read_size("num_attention_heads")
     hidden_size = reader.read_size("hidden_size")
+    if "heads" not in choices:
+        choices["heads"] = reader.read_size("num_attention_heads")
+    heads = choices["heads"]
     if "head_size" not in choices:
         choices["head_size"] = _read_head_size(reader, defaults, hidden_size, heads)
     if "key_value_heads" not in choices:
@@ -142,7 +144,6 @@ def read_decoder(reader: ConfigReader, architecture: str, defaults: Defaults, **
         vocabulary_size=reader.read_size("vocab_size"),
         layers=reader.read_size("num_hidden_layers"),
         hidden_size=hidden_size,
-        heads=heads,
         tied_embeddings=reader.read_flag("tie_word_embeddings", defaults.tied_embeddings),
         **choices,
     )
@@ -161,7 +162,8 @@ def _read_head_size(reader: ConfigReader, defaults: Defaults, hidden_size: int, 
 
 
 def _require_consistent(shape: DecoderShape) -> None:
-    if shape.heads % shape.key_value_heads:
+    # Where layers differ, the family's file has compared each.
+    if not shape.layer_sizes and shape.heads % shape.key_value_heads:
         raise invalid(
             f"'num_attention_heads' ({shape.heads}) is not a multiple of "
             f"'num_key_value_heads' ({shape.key_value_heads}).",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.convert.architectures.shape import DecoderShape
 
@@ -47,6 +47,21 @@ def list_parameters(shape: DecoderShape) -> Iterator[Parameter]:
         yield _take("lm_head.bias", f"{names.output}.bias", shape.vocabulary_size)
 
 
+def leave_undescribed(shape: DecoderShape) -> DecoderShape:
+    """Return the shape with nothing but its weights described, for a family that is stored so and computes more."""
+    return replace(shape, tensors=tuple(each for parameter in list_parameters(shape) for each in parameter.tensors))
+
+
+def list_row_lengths(shape: DecoderShape) -> dict[str, int]:
+    """Return how many inputs each matrix has, embeddings among them, by the name of its tensor in the checkpoint."""
+    lengths = {name: extents[-1] for name, extents in shape.tensors if len(extents) == 2}
+    for parameter in () if shape.tensors else list_parameters(shape):
+        for name, extents in parameter.tensors:
+            if len(extents) == 2:
+                lengths[name] = extents[0] if parameter.is_transposed else extents[1]
+    return lengths
+
+
 def find_embedding(shape: DecoderShape) -> str:
     """Return the name of the embedding's tensor."""
     return f"{shape.names.prefix}{shape.names.embedding}.weight"
@@ -73,7 +88,8 @@ def _take(name: str, tensor: str, *extents: int) -> Parameter:
 def _list_layer(shape: DecoderShape, layer: int) -> Iterator[Parameter]:
     names, hidden = shape.names, shape.hidden_size
     ours, theirs = f"transformer_blocks.{layer}.", names.prefix + names.layer.format(layer)
-    queries, keys = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
+    sizes = shape.find_sizes(layer)
+    queries, keys = sizes.heads * shape.head_size, sizes.key_value_heads * shape.head_size
     yield from _list_norm(shape, ours + "attention_norm", theirs + names.attention_norm, hidden)
     yield from _list_linear(
         shape,
@@ -96,7 +112,7 @@ def _list_layer(shape: DecoderShape, layer: int) -> Iterator[Parameter]:
     ):
         if name is not None:
             yield from _list_norm(shape, ours + own, theirs + name, hidden)
-    inner, bias = shape.intermediate_size, shape.feed_forward_bias
+    inner, bias = sizes.intermediate_size, shape.feed_forward_bias
     # Gate and up stay apart where the checkpoint holds them apart.
     parts = names.feed_forward_inputs
     rows = [inner * 2 if shape.is_gated and len(parts) == 1 else inner]

@@ -33,6 +33,15 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """What may differ from layer to layer."""
+
+    heads: int
+    key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """How a family names its tensors, without `.weight` and `.bias`; None where it has no such tensor.
 
@@ -84,6 +93,8 @@ class DecoderShape:
     #: The longest context the checkpoint was made for, in tokens.
     context_length: int
     tied_embeddings: bool
+    #: The sizes of each layer where they differ; `heads` and the others are then the largest. Empty: all are alike.
+    layer_sizes: tuple[LayerSizes, ...] = ()
     #: Of queries, keys and values.
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -123,6 +134,12 @@ class DecoderShape:
     #: Names and shapes of all weights of a model that only `traced` converts; what its layers compute is then not
     #: described here.
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def find_sizes(self, layer: int) -> LayerSizes:
+        """Return the sizes of a layer."""
+        if self.layer_sizes:
+            return self.layer_sizes[layer]
+        return LayerSizes(self.heads, self.key_value_heads, self.intermediate_size)
 
     def find_window(self, layer: int) -> int | None:
         """Return how many tokens a layer's attention looks back on; None means all of them."""
