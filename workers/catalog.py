@@ -80,7 +80,21 @@ CATALOG: Mapping[str, StepCode] = {
     "plan": StepCode(
         "workers.fetch.plan:run", "light", ("fetch/*.py", "convert/architectures/*.py", "convert/tokenizer*.py")
     ),
-    "reference": StepCode("workers.verify.reference:run", "convert", ("verify/reference.py", "verify/probe.py")),
+    "reference": StepCode(
+        "workers.verify.reference:run",
+        "convert",
+        (
+            "verify/conversations.py",
+            "verify/openelm.py",
+            "verify/probe.py",
+            "verify/reference.py",
+            "verify/scoring.py",
+            "verify/source*.py",
+            "verify/user_files.py",
+            "convert/tokenizer_samples.py",
+            "fetch/strict_json.py",
+        ),
+    ),
     "convert": StepCode(
         "workers.convert.convert:run",
         "convert",
@@ -88,12 +102,27 @@ CATALOG: Mapping[str, StepCode] = {
             "convert/convert.py",
             "convert/reauthored*.py",
             "convert/traced.py",
+            "convert/side_by_side.py",
             "convert/weights.py",
             "convert/toolfixes.py",
             "convert/architectures/*.py",
         ),
     ),
-    "quantize": StepCode("workers.convert.quantize:run", "light", ("convert/quantize.py",)),
+    "quantize": StepCode(
+        "workers.convert.quantize:run",
+        "light",
+        (
+            "convert/quantize.py",
+            "convert/storage.py",
+            "convert/block_scales.py",
+            "convert/calibration*.py",
+            "verify/graph.py",
+            "verify/probe.py",
+            "fetch/chat_template.py",
+            "fetch/template_render.py",
+            "fetch/strict_json.py",
+        ),
+    ),
     "bundle": StepCode(
         "workers.convert.bundle:run", "light", ("convert/bundle*.py", "convert/tokenizer*.py", "convert/metadata*.py")
     ),

@@ -21,6 +21,7 @@ from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.settings import Settings
 from service.storage import open_configured_store
+from service.sweep import sweep_store
 from workers.catalog import PRELOADS, read_toolchain
 from workers.runner import Runner
 from workers.sandbox import Sandbox, probe_isolation
@@ -51,20 +52,29 @@ class WorkerProcess:
         access.ensure_tenant(self.database, access.DEFAULT_TENANT)
         toolchain = toolchain or read_toolchain()
         cores = os.cpu_count() or 1
+        isolation = probe_isolation()
         self.worker_id = fleet.register_worker(
             self.database,
             identify_host(),
             cores=cores,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            memory_limit_bytes=settings.memory_limit_bytes,
             slots=settings.slots(),
             toolchain=toolchain,
-            isolation=probe_isolation(),
+            isolation=isolation,
         )
         self._work_dir = WorkDir(settings.work_dir, self.worker_id)
         self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
         self.store = open_configured_store(settings)
         self.runner = Runner(
-            settings, self.database, self.store, self.sandbox, self.worker_id, toolchain, self._work_dir.path
+            settings,
+            self.database,
+            self.store,
+            self.sandbox,
+            self.worker_id,
+            toolchain,
+            self._work_dir.path,
+            inputs_are_read_only=isolation["files"] == "landlock",
         )
         self._closed = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
@@ -79,10 +89,15 @@ class WorkerProcess:
         self._closed.set()
 
     def prune(self) -> None:
-        """Remove what ledger and store need not keep: old bookkeeping, and remains of unfinished uploads."""
+        """Remove what ledger and store need not keep: old bookkeeping, unused files, remains of unfinished uploads."""
         housekeeping.prune(self.database)
-        longest_s = max(self._settings.deadline_s(resource_class) for resource_class in self._settings.slots())
-        self.store.abort_stale_uploads(older_than_s=2 * longest_s)
+        wait_s = self._settings.condemned_s
+        self.store.abort_stale_uploads(older_than_s=wait_s)
+        for finding in sweep_store(
+            self.database, self.store, keep_s=self._settings.keep_intermediates_s, wait_s=wait_s
+        ):
+            level = logging.WARNING if finding.fate == "missing" else logging.INFO
+            log.log(level, "%s %s (%d bytes): %s", finding.fate, finding.digest, finding.size_bytes, finding.why)
 
     def close(self) -> None:
         """End the zygotes and give the connections back."""

@@ -54,24 +54,7 @@ def collect_figures(claim: claims.Claim) -> dict[str, Any]:
     merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
     benchmarks = [supplier.figures for supplier in suppliers if supplier.kind == "benchmark"]
     if benchmarks:
-        merged["benchmark"] = merge_benchmarks(benchmarks)
-    return merged
-
-
-def merge_benchmarks(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the worst median of every gated figure over the benchmarks that measured it."""
-    worst: dict[str, Any] = {
-        "prefill_tokens_per_s": min,
-        "decode_tokens_per_s": min,
-        "ttft_s": max,
-        "peak_anon_bytes": max,
-    }
-    merged = {}
-    for name, choose in worst.items():
-        measured = [figures[name] for figures in benchmarks if figures.get(name) is not None]
-        values = [value["median"] if isinstance(value, Mapping) else value for value in measured]
-        if values:
-            merged[name] = choose(values)
+        merged["benchmark"] = gates.merge_benchmarks(benchmarks)
     return merged
 
 
@@ -152,4 +135,17 @@ def _repeat_command(kind: str, claim: claims.Claim, provenance: publications.Pro
     for length in lengths["prefill_lengths"]:
         words += ["--prefill", str(length)]
     words += ["--context", str(lengths["context_length"])]
+    request = parse_request(provenance.request)
+    if request.ignore_custom_code:
+        words.append("--ignore-custom-code")
+    if "settings" in claim.params:
+        settings = canonical_json(claim.params["settings"]).decode()
+        words += ["--recipe-file", f"{claim.params['recipe']}={settings}"]
+    for name, digest in request.uploads.items():
+        words += [_upload_option(name, provenance), f"sha256:{digest}"]
     return shlex.join(words)
+
+
+def _upload_option(name: str, provenance: publications.Provenance) -> str:
+    is_prompts = name == "calibration" and provenance.request["calibration"]["kind"] == "prompts"
+    return "--calibration-prompts" if is_prompts else f"--{name.replace('_', '-')}"

@@ -19,33 +19,34 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from service.errors import (
-    BlobCorrupt,
-    BlobMissing,
     DiskFull,
     EdgeKilnError,
     LeaseLost,
     LedgerBusy,
+    MemoryInsufficient,
     RemoteError,
-    StoreUnavailable,
     ToolchainChanged,
     describe_bug,
 )
-from service.ledger import claims, results
+from service.ledger import claims, fleet, results
+from service.ledger.blobs import Reprieves, commit_uploaded
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, digest_json
 from service.settings import Settings
-from service.storage import ObjectStore, blob_key, digest_file
+from service.storage import ObjectStore
 from workers.catalog import CATALOG
 from workers.fetch.partial_downloads import prepare_folder
 from workers.keeper import LeaseKeeper
 from workers.publish import publish
 from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
+from workers.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,8 @@ log = logging.getLogger(__name__)
 _LEDGER_AWAY = (OperationalError, InterfaceError, LedgerBusy)
 #: Progress is written to the ledger at most this often.
 _PROGRESS_S = 1.0
-#: How long a finished step waits for a store that is away, and between tries: hours of work hang on an upload.
-_STORE_PATIENCE_S = 300.0
-_FIRST_STORE_PAUSE_S = 1.0
-_LONGEST_STORE_PAUSE_S = 10.0
+#: Between two tries to end a step while the ledger is away.
+_LEDGER_PAUSE_S = 1.0
 
 
 class Runner:
@@ -71,7 +70,10 @@ class Runner:
         worker_id: str,
         toolchain: Toolchain,
         work_dir: Path,
+        *,
+        inputs_are_read_only: bool = False,
     ) -> None:
+        """`inputs_are_read_only`: this host keeps children from writing to their inputs, so that they need no copy."""
         self._settings = settings
         self._database = database
         self._store = store
@@ -79,6 +81,7 @@ class Runner:
         self._worker_id = worker_id
         self._toolchain = toolchain
         self._work_dir = work_dir
+        self._inputs_are_read_only = inputs_are_read_only
         # The host that measures chooses the threads: it may have more or fewer cores than this one.
         self._benchmark = {"processes": settings.benchmark_processes}
         self._shutdown = threading.Event()
@@ -112,24 +115,36 @@ class Runner:
     def _run(self, claim: claims.Claim) -> None:
         step_dir = self._work_dir / f"{claim.step_id}-{claim.token}"
         usage = results.Usage()
+        output_dir = step_dir
         try:
             with LeaseKeeper(self._settings, self._database, claim) as keeper:
+                transfer = Transfer(
+                    self._database,
+                    self._store,
+                    claim,
+                    keeper,
+                    self._shutdown,
+                    inputs_are_read_only=self._inputs_are_read_only,
+                )
                 try:
                     self._check_toolchain(claim)
+                    self._check_memory(claim)
                     if claim.kind == "publish":
                         figures = publish(self._database, self._store, claim, self._toolchain)
                         success = results.Success(figures)
                     else:
-                        result = self._run_child(claim, step_dir, keeper)
+                        result = self._run_child(claim, step_dir, transfer, keeper)
                         usage = self._measure(result)
-                        if self._ended_by_us(claim, result, usage):
+                        if self._ended_by_us(claim, result, usage, transfer):
                             return
                         if result.error is not None:
-                            usage = self._add_log(usage, result)
+                            usage = self._add_log(usage, result, transfer)
                             raise result.error
-                        outputs = self._collect(result, keeper)
-                        success = results.Success(result.figures or {}, outputs, self._add_log(usage, result))
-                    results.finish_step(self._database, claim, success, self._toolchain, self._benchmark)
+                        output_dir = result.output_dir
+                        outputs = transfer.store_outputs(output_dir)
+                        usage = self._add_log(usage, result, transfer)
+                        success = results.Success(result.figures or {}, outputs, usage)
+                    self._finish(claim, success, output_dir, transfer, keeper)
                     log.info("finished %s %s", claim.kind, claim.step_id)
                     if claim.kind == "fetch":
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
@@ -156,11 +171,18 @@ class Runner:
                 "Retry the job to plan it anew; finished work is kept."
             )
 
-    def _run_child(self, claim: claims.Claim, step_dir: Path, keeper: LeaseKeeper) -> ChildResult:
+    def _check_memory(self, claim: claims.Claim) -> None:
+        """Refuse what only a larger worker could do, when there is none: the ledger hands it out for that."""
+        predicted_bytes, limit_bytes = claim.predicted_peak_anon_bytes, self._settings.memory_limit_bytes
+        if predicted_bytes is not None and predicted_bytes > limit_bytes:
+            largest_bytes = fleet.find_largest_memory(self._database, claim.resource_class)
+            raise MemoryInsufficient.from_prediction(claim.kind, predicted_bytes, largest_bytes or limit_bytes)
+
+    def _run_child(self, claim: claims.Claim, step_dir: Path, transfer: Transfer, keeper: LeaseKeeper) -> ChildResult:
         code = CATALOG[claim.kind]
-        inputs = self._fetch_inputs(claim, step_dir, keeper)
-        if claim.kind == "fetch":
-            # A fresh checkpoint will be converted: import the converter meanwhile.
+        inputs = transfer.place_inputs(step_dir / "inputs")
+        if claim.kind in ("resolve", "fetch"):
+            # A checkpoint will be converted: import the converter meanwhile.
             self._sandbox.warm("convert")
         if code.is_pinned:
             claims.pin_attempt(self._database, claim)
@@ -201,25 +223,6 @@ class Runner:
             return StopReason.LEASE_LOST
         return StopReason.SHUTDOWN if self._shutdown.is_set() else None
 
-    def _fetch_inputs(self, claim: claims.Claim, step_dir: Path, keeper: LeaseKeeper) -> dict[str, Path]:
-        reads = CATALOG[claim.kind].reads
-        folders: dict[str, Path] = {}
-        for name, supplier in claim.inputs.items():
-            if reads is not None and name not in reads:
-                continue
-            folders[name] = step_dir / "inputs" / name
-            for output in supplier.outputs:
-                keeper.check()
-                path = folders[name] / output.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self._store.get_file(blob_key(output.digest), path, output.digest)
-                except (BlobMissing, BlobCorrupt):
-                    # Nobody may join work whose bytes are gone; a retry makes it again.
-                    results.retire_step(self._database, supplier.step_id)
-                    raise
-        return folders
-
     def _reporter(self, claim: claims.Claim, keeper: LeaseKeeper) -> Callable[[str, float | None], None]:
         last_s = 0.0
 
@@ -247,17 +250,17 @@ class Runner:
             isolation=result.isolation,
         )
 
-    def _add_log(self, usage: results.Usage, result: ChildResult) -> results.Usage:
+    def _add_log(self, usage: results.Usage, result: ChildResult, transfer: Transfer) -> results.Usage:
         """Store the child's log; one that cannot be stored is missed, but changes nothing of how the step ended."""
         try:
             if not result.log_path.exists() or result.log_path.stat().st_size == 0:
                 return usage
-            return replace(usage, log=self._upload(result.log_path, "log.txt"))
+            return replace(usage, log=transfer.store_file(result.log_path, "log.txt"))
         except (EdgeKilnError, OSError) as error:
             log.warning("cannot store the log %s: %s", result.log_path, error)
             return usage
 
-    def _ended_by_us(self, claim: claims.Claim, result: ChildResult, usage: results.Usage) -> bool:
+    def _ended_by_us(self, claim: claims.Claim, result: ChildResult, usage: results.Usage, transfer: Transfer) -> bool:
         """Deal with a child that this worker stopped; return whether it did."""
         if result.stopped is None:
             return False
@@ -265,39 +268,35 @@ class Runner:
             self._give_back(claim)
         else:
             log.info("stopped %s %s: cancelled or taken over", claim.kind, claim.step_id)
-        results.record_usage(self._database, claim, self._add_log(usage, result))
+        results.record_usage(self._database, claim, self._add_log(usage, result, transfer))
         return True
 
     def _give_back(self, claim: claims.Claim) -> None:
         claims.release_step(self._database, claim)
         log.info("gave back %s %s", claim.kind, claim.step_id)
 
-    def _collect(self, result: ChildResult, keeper: LeaseKeeper) -> list[claims.OutputFile]:
-        give_up_at = time.monotonic() + _STORE_PATIENCE_S
-        outputs = []
-        for path in sorted(path for path in result.output_dir.rglob("*") if path.is_file()):
-            name = path.relative_to(result.output_dir).as_posix()
-            outputs.append(self._upload_patiently(path, name, keeper, give_up_at))
-        return outputs
+    def _finish(
+        self, claim: claims.Claim, success: results.Success, output_dir: Path, transfer: Transfer, keeper: LeaseKeeper
+    ) -> None:
+        """Commit what a step yields, once the ledger is there, while the lease holds.
 
-    def _upload_patiently(self, path: Path, name: str, keeper: LeaseKeeper, give_up_at: float) -> claims.OutputFile:
-        """Upload, and again while the store is away; ends early when the lease is lost or the worker shuts down."""
-        pause_s = _FIRST_STORE_PAUSE_S
+        Outputs are uploaded again where the sweep was about to delete them.
+        """
+
+        def commit(reprieves: Reprieves) -> None:
+            armed = replace(success, reprieves=reprieves)
+            results.finish_step(self._database, claim, armed, self._toolchain, self._benchmark)
+
         while True:
             keeper.check()
             try:
-                return self._upload(path, name)
-            except StoreUnavailable as error:
-                if self._shutdown.is_set() or time.monotonic() + pause_s > give_up_at:
+                again = partial(transfer.store_again, output_dir, success.outputs)
+                return commit_uploaded(self._database, commit, again)
+            except _LEDGER_AWAY as error:
+                if self._shutdown.is_set():
                     raise
-                log.warning("cannot store %s, next try in %g s: %s", name, pause_s, error)
-            self._shutdown.wait(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_STORE_PAUSE_S)
-
-    def _upload(self, path: Path, name: str) -> claims.OutputFile:
-        digest, size_bytes = digest_file(path)
-        self._store.put_file(blob_key(digest), path, digest)
-        return claims.OutputFile(name, digest, size_bytes)
+                log.warning("cannot reach the ledger to finish %s %s yet: %s", claim.kind, claim.step_id, error)
+            self._shutdown.wait(_LEDGER_PAUSE_S)
 
     def _end_badly(self, claim: claims.Claim, error: Exception, usage: results.Usage, step_dir: Path) -> None:
         """Record a failure; what may be due to this worker's shutdown gives the step back instead."""

@@ -16,6 +16,7 @@ from typing import Any
 from service.errors import (
     ChildCrashed,
     DeadlineExceeded,
+    DiskFull,
     EdgeKilnError,
     InvalidSettings,
     LeaseLost,
@@ -32,7 +33,7 @@ _UNCONFINED: Mapping[str, Any] = {"isolation": "weak", "reasons": ["The child en
 class StopReason(enum.StrEnum):
     """Why the worker ends a run that could go on."""
 
-    CANCELLED = "cancelled"
+    #: Another worker holds the step now, or nobody wants it any more: cancelling raises its token.
     LEASE_LOST = "lease_lost"
     SHUTDOWN = "shutdown"
 
@@ -60,8 +61,8 @@ class ChildResult:
     log_path: Path
     #: Largest VmHWM of any process of the run; counts mapped files. None when nobody lived to report it.
     peak_rss_bytes: int | None
-    #: Sum of RssAnon and RssShmem over the run's processes, at its sampled peak; counts pages that are shared
-    #: with the zygote. None when nobody lived to report it.
+    #: Sum of RssAnon and RssShmem over the run's processes, at its sampled peak; pages that the child shares with the
+    #: zygote count, pages that its own processes share with it count once. None when nobody lived to report it.
     peak_anon_bytes: int | None
     #: Seconds from the child's start to the end of its last process.
     duration_s: float
@@ -149,9 +150,7 @@ def _is_error_document(document: Any) -> bool:
 def _describe_stop(reason: StopReason) -> EdgeKilnError:
     if reason is StopReason.LEASE_LOST:
         return LeaseLost("The step's lease was lost while its child ran; the child was killed.")
-    if reason is StopReason.SHUTDOWN:
-        return StepCancelled("The worker shuts down; the step's child was killed and the step can run elsewhere.")
-    return StepCancelled("The step was cancelled; its child process was killed.")
+    return StepCancelled("The worker shuts down; the step's child was killed and the step can run elsewhere.")
 
 
 def _describe_memory(peak_bytes: int, limit_bytes: int, log_path: Path) -> EdgeKilnError:
@@ -174,6 +173,14 @@ def _describe_crash(end: Mapping[str, Any], log_path: Path) -> EdgeKilnError:
     elif exit_code < 0:
         name = _name_signal(-exit_code)
         details["signal"] = name
+        if name == "SIGBUS":
+            # A mapped file found no room: only an ordinary write has an error to return.
+            return DiskFull(
+                f"The step was ended by SIGBUS: no space left in {log_path.parent} for a file that it wrote. Free some "
+                "there; the work is taken up again.",
+                folder=str(log_path.parent),
+                **details,
+            )
         sentence = f"The child process was killed by {name}."
         if name == "SIGKILL":
             sentence += (

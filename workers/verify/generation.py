@@ -101,6 +101,12 @@ def describe_generation(tokenizer: Tokenizer, prompt_tokens: int, generation: Ge
     return Answer(decode_tokens(tokenizer, kept), prompt_tokens, len(generation.tokens))
 
 
+def cut_generation(generation: Generation, tokens: int) -> Generation:
+    """Return what would have been generated with a limit of `tokens`."""
+    is_whole = len(generation.tokens) <= tokens
+    return Generation(generation.tokens[:tokens], generation.margins[:tokens], generation.stopped and is_whole)
+
+
 def decode_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """Return the text of tokens as the runtime prints it: special tokens stay visible."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False))

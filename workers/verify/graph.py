@@ -1,15 +1,15 @@
 """A generative `.tflite` graph in the LiteRT interpreter: prefill, decode and the caches between them.
 
-Owns the signature conventions of both engines (`prefill_N` and `decode`; tokens, positions, one K and V cache per
-layer, the mask built inside or given as input). Must not know the source or judge a figure. Called by
-`workers.verify.parity`; tests use it to run what they convert.
+Owns the signature conventions of both engines (`prefill_N` and `decode`; tokens, positions, per layer one K and V
+cache or the state of a convolution, the mask built inside or given as input). Must not know the source or judge a
+figure. Called by `workers.verify.parity` and `workers.convert.calibration`; tests use it to run what they convert.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 _PREFILL = re.compile(r"prefill(?:_(\d+))?")
 _CACHE = re.compile(r"kv_cache_[kv]_\d+")
+_CONVOLUTION = re.compile(r"kv_cache_c_\d+")
+#: What is fed back, of attention and of convolutions.
+_STATE = re.compile(rf"{_CACHE.pattern}|{_CONVOLUTION.pattern}")
 #: Added to the scores of positions that must not be attended to; finite, as a row may be all masked.
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 
@@ -32,10 +35,15 @@ MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 class Graph:
     """One open `.tflite` with its caches; positions advance as tokens are fed."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Open `path`; raises `VerificationFailed` when it does not load or its signatures are not understood."""
+    def __init__(
+        self, path: Path, threads: int | None = None, open_interpreter: Callable[[Path, int], Any] | None = None
+    ) -> None:
+        """Open `path`; raises `VerificationFailed` when it does not load or its signatures are not understood.
+
+        `open_interpreter` yields another interpreter than LiteRT's own, as calibration does, which watches.
+        """
         try:
-            self._interpreter = Interpreter(model_path=str(path), num_threads=threads or count_cores())
+            self._interpreter = (open_interpreter or _open_interpreter)(path, threads or count_cores())
             names = list(self._interpreter.get_signature_list())
             self._runners = {name: self._interpreter.get_signature_runner(name) for name in names}
         except (ValueError, RuntimeError) as error:
@@ -54,6 +62,7 @@ class Graph:
         self._outputs = {name: runner.get_output_details() for name, runner in self._runners.items()}
         self._require_known_inputs(path)
         self.context_length = self._read_context_length(path)
+        self._has_convolutions = any(_CONVOLUTION.fullmatch(name) for name in self._inputs["decode"])
         self.caches: Arrays = {}
         #: The tokens whose keys and values the caches hold, from position 0 on.
         self._held: list[int] = []
@@ -69,6 +78,10 @@ class Graph:
         """Chunk lengths of the prefill signatures, ascending."""
         return sorted(self._prefills)
 
+    def find_prefill(self, length: int) -> str:
+        """Return the name of the prefill signature of a chunk length."""
+        return self._prefills[length]
+
     def reset(self) -> None:
         """Forget everything: caches of zeros."""
         details = self._inputs["decode"]
@@ -76,7 +89,7 @@ class Graph:
         self.caches = {
             name: np.zeros(detail["shape"], dtype=detail["dtype"])
             for name, detail in details.items()
-            if _CACHE.fullmatch(name)
+            if _STATE.fullmatch(name)
         }
 
     def prefill(self, tokens: Sequence[int], length: int | None = None) -> None:
@@ -98,10 +111,12 @@ class Graph:
     def generate(self, tokens: Sequence[int], limit_tokens: int, stop_tokens: frozenset[int]) -> Generation:
         """Continue `tokens` greedily, by at most `limit_tokens`, a stop token included.
 
-        What the caches already hold of `tokens` is not computed again, if it is all but the last.
+        What the caches already hold of `tokens` is not computed again, if it is all but the last; a convolution's state
+        has forgotten what was before its last tokens, so that it must hold no more than that.
         """
         before = list(tokens[:-1])
-        if self._held[: len(before)] != before:
+        held = self._held if self._has_convolutions else self._held[: len(before)]
+        if held != before:
             self.reset()
             self.prefill(before)
         generated: list[int] = []
@@ -160,7 +175,7 @@ class Graph:
     def _require_known_inputs(self, path: Path) -> None:
         for signature in ("decode", *self._prefills.values()):
             names = set(self._inputs[signature])
-            unknown = sorted(name for name in names - {"tokens", "input_pos", "mask"} if not _CACHE.fullmatch(name))
+            unknown = sorted(name for name in names - {"tokens", "input_pos", "mask"} if not _STATE.fullmatch(name))
             missing = sorted({"tokens", "input_pos"} - names)
             if unknown or missing:
                 raise VerificationFailed(
@@ -181,6 +196,10 @@ class Graph:
         if not shapes:
             raise VerificationFailed(f"The signature decode of {path.name} has no KV cache.", file=path.name)
         return max(set.intersection(*shapes))
+
+
+def _open_interpreter(path: Path, threads: int) -> Interpreter:
+    return Interpreter(model_path=str(path), num_threads=threads)
 
 
 def count_cores() -> int:

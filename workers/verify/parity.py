@@ -69,6 +69,16 @@ def compare_cases(cases: Sequence[probe.Case], source: probe.Floats, artifact: p
     return figures
 
 
+def measure_loss(graph: Graph, tokens: Sequence[int]) -> float:
+    """Return the sum of the losses of all tokens but the first, in nats, each fed through `decode`."""
+    graph.reset()
+    losses = []
+    for position, following in enumerate(tokens[1:]):
+        row = graph.decode(tokens[position], position)
+        losses.append(-float(probe.log_softmax(row[None])[0, following]))
+    return float(sum(losses))
+
+
 def find_rows(cases: Sequence[probe.Case], name: str) -> npt.NDArray[np.bool_]:
     """Return which of all cases' rows belong to the cases of one name."""
     return np.array([case.name == name for case in cases for _ in case.positions])

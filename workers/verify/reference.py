@@ -1,7 +1,8 @@
 """The `reference` step: what the source itself answers, computed once per checkpoint.
 
 Owns the source's side of every comparison: teacher-forced logits on the probe, greedy generations with their
-margins, exact match on `evaluation.jsonl`, token ids, stop tokens. Must not look at an artifact or judge a figure.
+margins, exact match on prompts with answers, losses on a text, conversations, token ids, stop tokens. Must not look at
+an artifact or judge a figure.
 Run by `workers.runner` in a child; its files are read by `workers.verify.verify`, which needs no torch.
 """
 
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.errors import CheckpointInvalid, TokenizerUnsupported
+from service.errors import CheckpointInvalid, EdgeKilnError, EvaluationInvalid
+from workers.convert.tokenizer_samples import SAMPLES as TOKENIZER_SAMPLES
 from workers.steps import Progress, run_by_hand
-from workers.verify import probe
+from workers.verify import conversations, probe, scoring, source_conversations, user_files
+from workers.verify.conversations import Rendered
 from workers.verify.probe import Generation
+from workers.verify.source import Source, describe_prompt, generate, open_source, require_finite, write_tokenizer
 
 #: Files that the step leaves behind.
 LOGITS_FILE = "reference.npz"
@@ -32,36 +35,30 @@ TOKENIZER_FILE = "tokenizer.json"
 GENERATED_TOKENS = 12
 #: Prompts of one batch; equal lengths only, so that no padding is needed.
 BATCH_PROMPTS = 64
+#: Evaluation prompts that are put as conversations too.
+REPLIED_EVALUATIONS = 4
 #: Room for a stop token and a little babble behind the longest answer.
 ANSWER_EXTRA_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint, opened with transformers in float32."""
-
-    model: Any
-    tokenizer: Any
-    stop_tokens: frozenset[int]
-
-    def encode(self, text: str) -> list[int]:
-        """Return token ids as the model is meant to get them, its leading special tokens included."""
-        return [int(token) for token in self.tokenizer(text, verbose=False)["input_ids"]]
-
-
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """Answer the probe, the fixed prompts and the evaluation with the source; write `reference.npz` and `.json`.
+    """Answer everything that artifacts are asked with the source; write `reference.npz` and `reference.json`.
 
-    `params`: `context_length` in tokens, `prefill_lengths`. Raises `CheckpointInvalid` when `evaluation.jsonl`
-    is not what it should be or the source answers with NaN, `TokenizerUnsupported` when the tokenizer has no
+    `params`: `context_length` in tokens, `prefill_lengths`. `inputs`: `checkpoint`, and what the user uploaded as
+    `evaluation` and `perplexity_text`. Raises `EvaluationInvalid` for uploads and `CheckpointInvalid` for an
+    `evaluation.jsonl` that are not what they should be, `CheckpointInvalid` when the source answers with NaN,
+    `ChatTemplateInvalid` when the chat template does not end, `TokenizerUnsupported` when the tokenizer has no
     portable form. Equal inputs give equal answers on the same CPU.
     """
     checkpoint = inputs["checkpoint"]
     context_length = int(params["context_length"])
     progress("opening the source", 0.0)
-    evaluation = read_evaluation(checkpoint / "evaluation.jsonl")
+    evaluation = user_files.read_evaluation(find_upload(inputs, "evaluation"), checkpoint)
+    own_text = user_files.read_text(find_upload(inputs, "perplexity_text"))
     source = open_source(checkpoint)
     write_tokenizer(source.tokenizer, output_dir / TOKENIZER_FILE)
+    asked = conversations.ask_alone([prompt for prompt, _ in evaluation[:REPLIED_EVALUATIONS]])
+    rendered, declined = source_conversations.render_samples(source.tokenizer, [*conversations.SAMPLES, *asked])
     with torch.inference_mode():
         progress("source logits on the probe", 0.1)
         short_cases = probe.build_short_cases(source.encode, evaluation, context_length)
@@ -74,8 +71,12 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
         long = answer_long(source, prompt, windows, context_length)
         progress("source generations", 0.6)
         prompts = [long.describe(source.stop_tokens), *generate_prompts(source, context_length)]
+        replies = reply_to_conversations(source, rendered, context_length)
         progress("source accuracy", 0.7)
-        answers = answer_evaluation(source, evaluation, context_length)
+        error = EvaluationInvalid if "evaluation" in inputs else CheckpointInvalid
+        answers = answer_evaluation(source, evaluation, context_length, error)
+        progress("source losses on the text", 0.9)
+        text_windows = score_text(source, own_text, context_length)
     cases = [*short_cases, *probe.build_long_cases(long.tokens, windows)]
     logits = np.concatenate([*short_logits, long.select(windows)])
     require_finite(logits)
@@ -89,89 +90,42 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
         "perplexity": probe.measure_perplexity(logits, cases),
         "prompts": prompts,
         "evaluation": answers,
+        "text_windows": [window.to_json() for window in text_windows],
+        "conversations": [each.to_json() for each in rendered],
+        "conversations_declined": declined,
+        "replies": replies,
+        "tokenizer_restored": source.restored,
         "tokenizer_samples": sample_tokenizer(source),
     }
-    text = json.dumps(document, ensure_ascii=True, indent=1, sort_keys=True, allow_nan=False)
+    # Keys keep their order: templates write messages as JSON.
+    text = json.dumps(document, ensure_ascii=True, indent=1, allow_nan=False)
     (output_dir / ANSWERS_FILE).write_text(text + "\n", encoding="utf-8")
-    return {"quality": describe_quality(document), "positions": len(logits), "prompts": len(prompts)}
+    return {
+        "quality": describe_quality(document, text_windows),
+        "positions": len(logits),
+        "prompts": len(prompts),
+        "conversations": len(rendered),
+        "conversations_declined": declined,
+    }
 
 
-def describe_quality(document: Mapping[str, Any]) -> dict[str, float | int]:
-    """Return the source's own quality figures; exact match only where the checkpoint has an evaluation."""
+def find_upload(inputs: Mapping[str, Path], name: str) -> Path | None:
+    """Return the file that the user uploaded under a name, if any."""
+    return inputs[name] / "upload" if name in inputs else None
+
+
+def describe_quality(document: Mapping[str, Any], text_windows: Sequence[scoring.Window]) -> dict[str, float | int]:
+    """Return the source's own quality figures; exact match only where there is an evaluation."""
     figures: dict[str, float | int] = {"perplexity": document["perplexity"]}
+    if text_windows:
+        losses = [window.loss for window in text_windows]
+        figures["text_perplexity"] = scoring.measure_perplexity(losses, text_windows)
+        figures["text_tokens"] = sum(window.scored_tokens for window in text_windows)
     answers = document["evaluation"]
     if answers:
         figures["exact_match"] = sum(answer["is_correct"] for answer in answers) / len(answers)
         figures["exact_match_count"] = len(answers)
     return figures
-
-
-def read_evaluation(path: Path) -> list[tuple[str, str]]:
-    """Return (prompt, answer) pairs, or none when the checkpoint has no evaluation.
-
-    Raises `CheckpointInvalid` that names the line.
-    """
-    if not path.exists():
-        return []
-    pairs: list[tuple[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            prompt, answer = item["prompt"], item["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointInvalid(
-                f'evaluation.jsonl line {number} is not {{"prompt": "...", "answer": "..."}}. Correct or remove it.',
-                file="evaluation.jsonl",
-                line=number,
-            ) from error
-        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt):
-            raise CheckpointInvalid(
-                f"evaluation.jsonl line {number}: prompt and answer must be texts, the prompt not empty.",
-                file="evaluation.jsonl",
-                line=number,
-            )
-        pairs.append((prompt, answer))
-    return pairs
-
-
-def open_source(checkpoint: Path) -> Source:
-    """Open model and tokenizer from local files, without remote code, in float32.
-
-    Fused attention answers as eager attention does (the largest difference is below 1e-6 of the logit range) and
-    takes less than half the time on a full context.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    model.eval()
-    return Source(model, tokenizer, frozenset(find_stop_tokens(model, tokenizer)))
-
-
-def find_stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a generation, as transformers decides: the generation config's, else the others'."""
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        stops = {int(token) for token in value} if isinstance(value, list | tuple) else {value} - {None}
-        if stops:
-            return stops
-    return set()
-
-
-def write_tokenizer(tokenizer: Any, path: Path) -> None:
-    """Write the tokenizer in the one form that `verify` opens without transformers."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise TokenizerUnsupported(
-            f"The tokenizer {type(tokenizer).__name__} has no tokenizer.json form. Save it as a fast tokenizer."
-        )
-    path.write_text(backend.to_str(), encoding="utf-8")
 
 
 def answer_case(source: Source, case: probe.Case) -> probe.Floats:
@@ -227,37 +181,6 @@ def answer_long(source: Source, prompt: str, windows: Sequence[probe.Window], co
     return LongAnswer(prompt, count, tokens, rows)
 
 
-def require_finite(logits: probe.Floats) -> None:
-    """Raise `CheckpointInvalid` when the source answers with NaN or infinity."""
-    if not np.isfinite(logits).all():
-        raise CheckpointInvalid("The source answers the probe with NaN or infinite logits: its weights are damaged.")
-
-
-def generate(source: Source, prompts: Sequence[Sequence[int]], limit_tokens: int) -> list[Generation]:
-    """Continue each prompt greedily until a stop token or `limit_tokens`; prompts must be equally long."""
-    results = [Generation([], [], stopped=False) for _ in prompts]
-    live = list(range(len(prompts)))
-    output = source.model(torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    for step in range(limit_tokens):
-        logits = output.logits[:, -1].float()
-        best = torch.topk(logits, 2, dim=-1)
-        tokens = best.indices[:, 0]
-        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-        for index in list(live):
-            token = int(tokens[index])
-            generation = results[index]
-            generation.tokens.append(token)
-            generation.margins.append(float(margins[index]))
-            if token in source.stop_tokens:
-                results[index] = Generation(generation.tokens, generation.margins, stopped=True)
-                live.remove(index)
-        if not live or step + 1 == limit_tokens:
-            break
-        output = source.model(tokens[:, None], past_key_values=cache, use_cache=True)
-    return results
-
-
 def generate_prompts(source: Source, context_length: int) -> list[dict[str, Any]]:
     """Continue the fixed prompts."""
     described = []
@@ -270,20 +193,8 @@ def generate_prompts(source: Source, context_length: int) -> list[dict[str, Any]
     return described
 
 
-def describe_prompt(text: str, tokens: Sequence[int], limit_tokens: int, generation: Generation) -> dict[str, Any]:
-    """Return one prompt and its generation in the form that `reference.json` keeps."""
-    return {
-        "prompt": text,
-        "tokens": list(tokens),
-        "limit_tokens": limit_tokens,
-        "generated": generation.tokens,
-        "margins": generation.margins,
-        "stopped": generation.stopped,
-    }
-
-
 def answer_evaluation(
-    source: Source, evaluation: Sequence[tuple[str, str]], context_length: int
+    source: Source, evaluation: Sequence[tuple[str, str]], context_length: int, error: type[EdgeKilnError]
 ) -> list[dict[str, Any]]:
     """Answer every evaluation prompt greedily, under the token limit that every artifact gets as well."""
     if not evaluation:
@@ -292,9 +203,11 @@ def answer_evaluation(
     longest_answer = max(len(source.encode(answer)) for _, answer in evaluation)
     limit_tokens = min(longest_answer + ANSWER_EXTRA_TOKENS, context_length - max(map(len, prompts)))
     if limit_tokens < 1:
-        raise CheckpointInvalid(
-            f"A prompt of evaluation.jsonl does not fit into the context of {context_length} tokens.",
-            file="evaluation.jsonl",
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        raise error(
+            f"Prompt {longest + 1} of the evaluation has {len(prompts[longest])} tokens and does not fit into the "
+            f"context of {context_length} together with an answer. Shorten it, or ask for a longer context.",
+            prompt=longest + 1,
         )
     generations: dict[int, Generation] = {}
     for batch in group_by_length(prompts):
@@ -321,11 +234,50 @@ def group_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     ]
 
 
+def score_text(source: Source, own_text: str | None, context_length: int) -> list[scoring.Window]:
+    """Return the windows of the user's text, or of ours, with the source's losses.
+
+    Raises `EvaluationInvalid` when the user's text is too short to say anything.
+    """
+    limit_tokens = scoring.DEFAULT_SCORED_TOKENS if own_text is None else scoring.MAX_SCORED_TOKENS
+    text = scoring.DEFAULT_TEXT if own_text is None else own_text
+    divided = scoring.divide_text(source.encode, text, context_length, limit_tokens)
+    scored_tokens = sum(len(tokens) - 1 for _, tokens in divided)
+    if own_text is not None and scored_tokens < scoring.MIN_SCORED_TOKENS:
+        raise EvaluationInvalid(
+            f"The text for perplexity has {scored_tokens} tokens to score; at least {scoring.MIN_SCORED_TOKENS} are "
+            "needed to say anything. Upload a longer one.",
+            scored_tokens=scored_tokens,
+        )
+    windows = []
+    for part, tokens in divided:
+        plain = source.encode_plain(part)
+        has_start = len(plain) > 1 and tokens[1:] == plain
+        plain_loss = source.measure_loss(plain) if has_start else None
+        windows.append(scoring.Window(part, tokens, source.measure_loss(tokens), plain_loss))
+    return windows
+
+
+def reply_to_conversations(source: Source, rendered: Sequence[Rendered], context_length: int) -> list[dict[str, Any]]:
+    """Continue some of the conversations, under the limit that the runtime gets too; none that asks for the date.
+
+    The start token stands in front as before every prompt, whether the template writes it or not: the runtime puts it.
+    """
+    replies = []
+    for each in rendered:
+        tokens = source.add_start(source.encode_plain(each.text))
+        is_asked = each.name in conversations.REPLIED or each.name.startswith(conversations.ALONE)
+        if is_asked and len(tokens) + GENERATED_TOKENS <= context_length and not each.has_date:
+            generation = generate(source, [tokens], GENERATED_TOKENS)[0]
+            replies.append({"name": each.name, **describe_prompt(each.text, tokens, GENERATED_TOKENS, generation)})
+    return replies
+
+
 def sample_tokenizer(source: Source) -> list[dict[str, Any]]:
     """Return texts with their ids (leading special tokens left out) and what the ids decode to."""
     samples = []
-    for text in (*probe.TEXTS, *probe.PROMPTS):
-        tokens = [int(token) for token in source.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    for text in (*probe.TEXTS, *probe.PROMPTS, *TOKENIZER_SAMPLES):
+        tokens = source.encode_plain(text)
         decoded = source.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         samples.append({"text": text, "tokens": tokens, "decoded": decoded})
     return samples

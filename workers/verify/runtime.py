@@ -1,11 +1,12 @@
-"""A bundle in the real runtime: what LiteRT-LM tokenizes, generates and where it stops.
+"""A bundle in the real runtime: what LiteRT-LM tokenizes, scores, renders and generates, and where it stops.
 
 Owns every question that is put to `litert_lm.Engine`. Must not know thresholds. Called by `workers.verify.verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,8 @@ from typing import Any
 
 import litert_lm
 
-from service.errors import VerificationFailed
+from service.errors import ChatTemplateInvalid, VerificationFailed
+from workers.verify.conversations import TOOL, Rendered
 from workers.verify.generation import Answer
 
 litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
@@ -21,6 +23,20 @@ litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
 #: The runtime's own word: packed weights stay in memory, as they would be written for one use only.
 _NO_CACHE = ":nocache"
 _GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
+
+
+#: What rendering one conversation may take; honest templates take milliseconds.
+RENDER_TIME_S = 20.0
+
+
+class _SampleTool(litert_lm.Tool):  # type: ignore[misc]  # the package has no types
+    """The tool of the sample conversations; it is never called."""
+
+    def get_tool_description(self) -> dict[str, Any]:
+        return TOOL
+
+    def execute(self, param: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
 
 
 class _DecodeFailed(Exception):
@@ -37,6 +53,8 @@ class Runtime:
         """
         self._name = bundle.name
         self._has_byte_fallback = has_byte_fallback
+        #: Whether a thread is still inside the engine and will not return.
+        self._hangs = False
         try:
             self._engine = litert_lm.Engine(
                 str(bundle),
@@ -53,17 +71,27 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._engine.close()
+        if not self._hangs:
+            self._engine.close()
 
     @property
     def stop_tokens(self) -> list[list[int]]:
         """Stop sequences that the bundle declares."""
         return [list(sequence) for sequence in self._engine.eos_token_ids]
 
+    @property
+    def start_token(self) -> int | None:
+        """The token that the runtime puts before every prompt; None where it puts none."""
+        start = self._engine.bos_token_id
+        return None if start is None else int(start)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text alone."""
+        return list(self._engine.tokenize(text))
+
     def encode(self, text: str) -> list[int]:
         """Return the ids that the runtime makes of a prompt, its start token included."""
-        start = self._engine.bos_token_id
-        return ([] if start is None else [start]) + list(self._engine.tokenize(text))
+        return ([] if self.start_token is None else [self.start_token]) + self.encode_plain(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text that the runtime makes of ids."""
@@ -120,6 +148,87 @@ class Runtime:
             return list(session.run_decode().texts)
         except RuntimeError as error:
             raise _DecodeFailed from error
+
+    def measure_loss(self, text: str) -> float:
+        """Return the sum of the losses of all tokens of a text but the first, in nats; see `workers.verify.scoring`.
+
+        Raises `VerificationFailed` when the runtime does not score the text, or not every token of it.
+        """
+        tokens = len(self.encode_plain(text))
+        try:
+            with self._engine.create_session(apply_prompt_template=False) as session:
+                scores = session.run_text_scoring([text]).token_scores[0]
+        except (RuntimeError, IndexError) as error:
+            raise VerificationFailed(
+                f"LiteRT-LM does not score {tokens} tokens with {self._name}: {error}.", file=self._name
+            ) from error
+        if len(scores) != tokens:
+            raise VerificationFailed(
+                f"LiteRT-LM scores {len(scores)} of {tokens} tokens with {self._name}.", file=self._name
+            )
+        return -float(sum(scores[1:]))
+
+    def render(self, conversation: Rendered) -> str:
+        """Return what the bundle's chat template makes of a conversation; empty where the runtime refuses it.
+
+        Raises `ChatTemplateInvalid` when rendering does not end; the runtime is of no use then.
+        """
+        return self._run_within(lambda: self._render(conversation), conversation)
+
+    def _render(self, conversation: Rendered) -> str:
+        *before, last = conversation.messages
+        with self._engine.create_conversation(
+            messages=before or None,
+            tools=[_SampleTool()] if conversation.has_tools else None,
+            automatic_tool_calling=False,
+        ) as opened:
+            return str(opened.render_message_to_string(last))
+
+    def _run_within(self, task: Callable[[], str], conversation: Rendered) -> str:
+        """Run what may hang inside the engine, where no signal reaches it, in a thread that may be left behind."""
+        results: list[str] = []
+
+        def run() -> None:
+            try:
+                results.append(task())
+            except RuntimeError:
+                results.append("")
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(RENDER_TIME_S)
+        if not results:
+            self._hangs = True
+            raise ChatTemplateInvalid(
+                f"LiteRT-LM does not render the conversation {conversation.name!r} within {RENDER_TIME_S:.0f} s: the "
+                f"chat template in {self._name} does not end. Correct or remove it.",
+                file=self._name,
+                conversation=conversation.name,
+            )
+        return results[0]
+
+    def reply(self, conversation: Rendered, limit_tokens: int) -> Answer | None:
+        """Continue a conversation greedily by at most `limit_tokens`, through the Conversation API.
+
+        None where the tokens are no UTF-8, which fails in LiteRT-LM 0.18.1; see `answer`. Raises `VerificationFailed`.
+        """
+        *before, last = conversation.messages
+        try:
+            with self._engine.create_conversation(
+                messages=before or None,
+                automatic_tool_calling=False,
+                sampler_config=_GREEDY,
+                max_output_tokens=limit_tokens,
+            ) as opened:
+                message = opened.send_message(last)
+                info = opened.get_benchmark_info()
+        except RuntimeError as error:
+            if self._has_byte_fallback:
+                return None
+            raise VerificationFailed(
+                f"LiteRT-LM fails on {self._name} in the conversation {conversation.name!r}: {error}.", file=self._name
+            ) from error
+        return Answer(str(message.contents), info.last_prefill_token_count, info.last_decode_token_count)
 
     def compare_tokenizer(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         """Return how often the runtime's tokenizer differs from the source's: share of samples, both ways."""

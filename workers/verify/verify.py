@@ -7,6 +7,7 @@ run, or is not what it claims to be, raises `VerificationFailed`; everything els
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,17 @@ from tokenizers import Tokenizer
 from service.errors import VerificationFailed
 from service.recipes import FORMATS, require_known
 from workers.steps import Progress, run_by_hand
-from workers.verify import contents, parity, probe
-from workers.verify.generation import Answer, Comparison, decode_tokens, describe_generation
+from workers.verify import conversations, parity, probe, scoring
+from workers.verify.conversations import ConversationComparison, Dialect
+from workers.verify.generation import Answer, Comparison, cut_generation, decode_tokens, describe_generation
 from workers.verify.graph import Graph, count_cores
+from workers.verify.graph_answers import (
+    GraphAnswers,
+    digest_graph,
+    read_graph_answers,
+    require_same_graph,
+    write_graph_answers,
+)
 from workers.verify.probe import Generation
 from workers.verify.runtime import Runtime
 
@@ -32,9 +41,6 @@ GRAPH_PROMPTS = 16
 GRAPH_TIE_RATIO = 1e-3
 #: Tokens of each answer in which the runtime is compared with its own graph.
 GRAPH_TOKENS = 8
-#: A bundle's near-ties are told by the graph's error at the end of the context alone: those few rows may miss the
-#: largest error, so they count twice.
-SAMPLE_ALLOWANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,36 +64,40 @@ class Reference:
     tokenizer: Tokenizer
 
     @property
+    def text_windows(self) -> list[scoring.Window]:
+        """The text that is scored, with the source's losses."""
+        return [scoring.Window(**window) for window in self.document["text_windows"]]
+
+    @property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end the source's generations."""
         return frozenset(self.document["stop_tokens"])
 
 
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """Run one artifact and return its figures; no file is written.
+    """Run one artifact and return its figures; the proof of a bare graph leaves `graph.json` for those of its bundles.
 
-    `params`: `format`, `recipe`, `context_length` in tokens, `prefill_lengths`. `inputs`: `reference`, `quantize`
-    and, for a bundle, `bundle`. Raises `VerificationFailed`.
+    `params`: `format`, `recipe`, `context_length` in tokens, `prefill_lengths`. `inputs`: `reference`; for a bare
+    graph `quantize`, for a bundle `bundle` and `verify_tflite`, the outputs of its graph's proof. Raises
+    `VerificationFailed`.
     """
     kind = require_known("format", str(params["format"]), FORMATS)
-    graph_path = inputs["quantize"] / "model.tflite"
-    artifact = graph_path if kind == "tflite" else inputs["bundle"] / f"model.{kind}"
+    artifact = inputs["quantize" if kind == "tflite" else "bundle"] / f"model.{kind}"
     if not artifact.is_file():
         raise VerificationFailed(f"There is no {artifact.name} to verify.", file=artifact.name)
-    if kind != "tflite":
-        progress("comparing the bundle's graph", 0.0)
-        contents.require_same_graph(artifact, graph_path)
-    progress("opening the graph", 0.02)
-    reference = load_reference(inputs["reference"])
-    graph = Graph(graph_path)
-    parity.require_stated_settings(graph, int(params["context_length"]), params["prefill_lengths"])
     figures = {"format": kind, "recipe": str(params["recipe"]), "size_bytes": artifact.stat().st_size}
-    if kind == "tflite":
-        return figures | prove_graph(graph, reference, progress)
-    own = answer_with_graph(graph, reference, progress)
-    # The runtime holds the weights once more.
-    del graph
-    return figures | prove_bundle(artifact, own, reference, progress)
+    progress("reading the source's answers", 0.0)
+    reference = load_reference(inputs["reference"])
+    if kind != "tflite":
+        answers = read_graph_answers(inputs["verify_tflite"])
+        require_same_graph(artifact, answers)
+        return figures | prove_bundle(artifact, answers, reference, progress)
+    progress("opening the graph", 0.02)
+    graph = Graph(artifact)
+    parity.require_stated_settings(graph, int(params["context_length"]), params["prefill_lengths"])
+    proven, answers = prove_graph(graph, reference, progress, digest_graph(artifact))
+    write_graph_answers(answers, output_dir)
+    return figures | proven
 
 
 def load_reference(folder: Path) -> Reference:
@@ -99,51 +109,38 @@ def load_reference(folder: Path) -> Reference:
     return Reference(document, cases, logits, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def prove_graph(graph: Graph, reference: Reference, progress: Progress) -> dict[str, Any]:
-    """Return parity, accuracy and generation figures of a bare graph, run in the interpreter."""
+def prove_graph(
+    graph: Graph, reference: Reference, progress: Progress, digest: str
+) -> tuple[dict[str, Any], GraphAnswers]:
+    """Return parity, quality and generation figures of a bare graph, and what its bundles are held to."""
     cases = reference.cases
     logits = parity.answer_cases(graph, cases, progress)
     compared = parity.compare_cases(cases, reference.logits, logits)
+    generations: list[Generation] = []
 
     def answer(item: Mapping[str, Any]) -> Answer:
         generation = graph.generate(item["tokens"], item["limit_tokens"], reference.stop_tokens)
+        generations.append(generation)
         return describe_generation(reference.tokenizer, len(item["tokens"]), generation)
 
     asked = Asked(answer, lambda item: True, lambda tokens: decode_tokens(reference.tokenizer, tokens))
     answers = ask_everything(asked, reference, progress)
+    progress("losses on the text", 0.95)
+    windows = reference.text_windows
+    losses = [parity.measure_loss(graph, window.tokens) for window in windows]
     perplexity = {
         "perplexity": probe.measure_perplexity(logits, cases),
         "source_perplexity": reference.document["perplexity"],
     }
-    return {
+    figures = {
         "parity": compared,
-        "quality": perplexity | measure_accuracy(answers, reference),
+        "quality": perplexity | scoring.describe_perplexity(losses, windows) | measure_accuracy(answers, reference),
         "generation": compare_with_source(asked, answers, reference, 2 * compared["max_abs_error"]),
         "context": describe_context(reference, max(case.positions.stop for case in cases)),
     }
-
-
-@dataclass(frozen=True)
-class OwnAnswers:
-    """What the interpreter answers with the very graph that a bundle holds."""
-
-    #: Generations of the fixed prompts and the first of the evaluation, in that order.
-    generations: list[Generation]
-    #: Largest absolute error of a logit at the end of the context.
-    sampled_error: float
-
-
-def answer_with_graph(graph: Graph, reference: Reference, progress: Progress) -> OwnAnswers:
-    """Ask the interpreter what the runtime will be held to; the rest is proven with the bare graph."""
-    rows = parity.find_rows(reference.cases, "context_end")
-    cases = [case for case in reference.cases if case.name == "context_end"]
-    logits = parity.answer_cases(graph, cases, progress, share=0.1)
-    progress("generating with the graph", 0.2)
-    generations = [
-        graph.generate(item["tokens"], min(item["limit_tokens"], GRAPH_TOKENS), reference.stop_tokens)
-        for item in select_graph_items(reference)
-    ]
-    return OwnAnswers(generations, float(np.abs(logits - reference.logits[rows]).max()))
+    shared = generations[: len(select_graph_items(reference))]
+    kept = [cut_generation(generation, GRAPH_TOKENS) for generation in shared]
+    return figures, GraphAnswers(digest, compared["max_abs_error"], losses, kept)
 
 
 def select_graph_items(reference: Reference) -> list[Mapping[str, Any]]:
@@ -151,9 +148,9 @@ def select_graph_items(reference: Reference) -> list[Mapping[str, Any]]:
     return [*reference.document["prompts"], *reference.document["evaluation"][:GRAPH_PROMPTS]]
 
 
-def prove_bundle(artifact: Path, own: OwnAnswers, reference: Reference, progress: Progress) -> dict[str, Any]:
+def prove_bundle(artifact: Path, own: GraphAnswers, reference: Reference, progress: Progress) -> dict[str, Any]:
     """Return everything that only the real runtime can show; what its graph shows is proven with the graph."""
-    progress("opening the runtime", 0.3)
+    progress("opening the runtime", 0.1)
     with Runtime(artifact, has_byte_fallback(reference.tokenizer), count_cores()) as runtime:
 
         def answer(item: Mapping[str, Any]) -> Answer:
@@ -164,21 +161,75 @@ def prove_bundle(artifact: Path, own: OwnAnswers, reference: Reference, progress
 
         asked = Asked(answer, is_alike, runtime.decode)
         answers = ask_everything(asked, reference, progress)
-        margin = 2 * SAMPLE_ALLOWANCE * own.sampled_error
+        margin = 2 * own.max_abs_error
         declared = {sequence[0] for sequence in runtime.stop_tokens if len(sequence) == 1}
         proven: dict[str, Any] = {
             "generation": compare_with_source(asked, answers, reference, margin),
             "graph_generation": compare_with_graph(asked, answers, own, reference),
             "context": describe_context(reference, fill_context(runtime, answers, reference)),
-            "tokenizer": runtime.compare_tokenizer(reference.document["tokenizer_samples"]),
+            "tokenizer": runtime.compare_tokenizer(reference.document["tokenizer_samples"])
+            | {"source_restored": reference.document["tokenizer_restored"]},
             "stop_tokens": {
                 "expected": sorted(reference.stop_tokens),
                 "declared": sorted(declared),
                 "missing": len(reference.stop_tokens - declared),
             },
         }
-        accuracy = measure_accuracy(answers, reference)
-    return proven | ({"quality": accuracy} if accuracy else {})
+        progress("losses on the text", 0.95)
+        proven |= measure_text(runtime, own, reference)
+        proven["quality"] |= measure_accuracy(answers, reference)
+        progress("conversations", 0.97)
+        proven |= converse(runtime, reference, margin)
+    return proven
+
+
+def measure_text(runtime: Runtime, own: GraphAnswers, reference: Reference) -> dict[str, Any]:
+    """Return the figures of perplexity in the runtime, and under `graph_scoring` how they agree with the graph's.
+
+    Where the runtime's tokenizer reads no window as the source's does once the start token is written out in front,
+    the windows are scored without it, and compared with the source alone.
+    """
+    windows = reference.text_windows
+    start = "" if runtime.start_token is None else runtime.decode([runtime.start_token])
+    texts = [start + window.text if window.plain_loss is not None else window.text for window in windows]
+    is_alike = [runtime.encode_plain(text) == window.tokens for text, window in zip(texts, windows, strict=True)]
+    is_plain = not any(is_alike)
+    if is_plain:
+        texts = [window.text for window in windows]
+        is_alike = [
+            window.plain_loss is not None and runtime.encode_plain(window.text) == window.tokens[1:]
+            for window in windows
+        ]
+    losses = [runtime.measure_loss(text) if alike else None for text, alike in zip(texts, is_alike, strict=True)]
+    figures: dict[str, Any] = {"quality": scoring.describe_perplexity(losses, windows, is_plain=is_plain)}
+    scored = zip(losses, own.text_losses, windows, strict=True)
+    pairs = [(loss, expected, window) for loss, expected, window in scored if loss is not None]
+    if pairs and not is_plain:
+        errors = [abs(loss - expected) / window.scored_tokens for loss, expected, window in pairs]
+        figures["graph_scoring"] = {"max_loss_error": max(errors), "windows": len(pairs)}
+    return figures
+
+
+def converse(runtime: Runtime, reference: Reference, near_tie_margin: float) -> dict[str, Any]:
+    """Return the figures `conversation` and `conversation_generation`; none where the source has no chat template."""
+    rendered = conversations.read_rendered(reference.document)
+    declined = reference.document["conversations_declined"]
+    if not rendered:
+        # A template that declines all of them leaves nothing that a gate could pass.
+        return {"conversation": {"samples": 0, "declined": declined}} if declined else {}
+    dialect = Dialect(runtime.render, runtime.encode_plain, runtime.start_token)
+    comparison = ConversationComparison(reference.tokenizer, dialect, datetime.datetime.now())
+    matched = {each.name for each in rendered if comparison.add(each)}
+    figures = comparison.describe() | {"declined": declined}
+    replies = Comparison(runtime.decode, near_tie_margin)
+    by_name = {each.name: each for each in rendered}
+    for item in reference.document["replies"]:
+        given = runtime.reply(by_name[item["name"]], item["limit_tokens"]) if item["name"] in matched else None
+        if given is None:
+            replies.skip()
+        else:
+            replies.add(item["prompt"], item["limit_tokens"], expected_generation(item), given)
+    return {"conversation": figures, "conversation_generation": replies.describe()}
 
 
 def fill_context(runtime: Runtime, answers: Sequence[Answer], reference: Reference) -> int:
@@ -262,7 +313,7 @@ def compare_with_source(
 
 
 def compare_with_graph(
-    asked: Asked, answers: Sequence[Answer], own: OwnAnswers, reference: Reference
+    asked: Asked, answers: Sequence[Answer], own: GraphAnswers, reference: Reference
 ) -> dict[str, Any]:
     """Return how the runtime's answers agree with the interpreter's on the very same graph, whatever the recipe."""
     margin = GRAPH_TIE_RATIO * float(reference.logits.max() - reference.logits.min())
