@@ -1,26 +1,31 @@
 """The command `edgekiln`: its commands put together, and what failures look like.
 
 Owns exit codes: 0 done, 1 failed, 2 asked for what cannot work, 130 interrupted. Every failure is a sentence with its
-code on standard error, never a traceback. Called as the console script.
+code on standard error, never a traceback; with `--json` it is a problem document on standard output too. Called as
+the console script.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from service.commands import catalogue, convert, jobs, prompt, server
+from service.commands import catalogue, choice, convert, jobs, prompt, server, sweep
 from service.commands.interrupts import INTERRUPTED
-from service.commands.output import say
+from service.commands.output import format_error, print_json, say
 from service.errors import EdgeKilnError, InvalidRequest, InvalidSettings, RemoteError, SourceNotFound
 
 _USAGE = 2
 _FAILED = 1
+#: Key of a context's flag.
+_FOR_PROGRAM = "edgekiln.is_for_program"
 #: What the caller must put right before trying again.
 _USAGE_ERRORS = (InvalidRequest, InvalidSettings, SourceNotFound)
 
@@ -28,36 +33,63 @@ _USAGE_ERRORS = (InvalidRequest, InvalidSettings, SourceNotFound)
 class _Commands(typer.core.TyperGroup):
     """Turns whatever a command raises into a sentence and an exit code."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Remember whether a program reads the output, before anything can fail."""
+        is_for_program = "--json" in args
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_FOR_PROGRAM] = is_for_program
+        return context
+
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, TyperException):
+            try:
+                return super().invoke(ctx)
+            finally:
+                # What is still held back may meet a reader that has gone: here that has a name.
+                sys.stdout.flush()
+        except (typer.Exit, typer.Abort):
+            raise
+        except TyperException as error:
+            # Typer prints the sentence and the usage.
+            _print_problem(ctx, InvalidRequest(error.format_message()))
             raise
         except EdgeKilnError as error:
-            code = error.remote_code if isinstance(error, RemoteError) else error.code
-            say(f"{code}: {error.message}")
-            raise typer.Exit(_USAGE if isinstance(error, _USAGE_ERRORS) else _FAILED) from None
+            _fail(ctx, error, _USAGE if isinstance(error, _USAGE_ERRORS) else _FAILED)
         except KeyboardInterrupt:
-            say(
-                "Interrupted. A job that was submitted goes on: `edgekiln jobs` lists it, `edgekiln cancel ID` ends it."
-            )
+            say("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # Whoever read the output has seen enough; the interpreter must not try to flush the rest.
-            sys.stdout = None
+            # Whoever read the output has seen enough; what the interpreter flushes at its end goes nowhere.
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             raise typer.Exit(_FAILED) from None
         except OSError as error:
-            say(f"os_error: {error.strerror or error}: {error.filename or 'no file named'}.")
-            raise typer.Exit(_FAILED) from None
+            sentence = f"{error.strerror or error}: {error.filename or 'no file named'}."
+            _fail(ctx, _describe("os_error", sentence), _FAILED)
         except Exception as error:
             if ctx.params.get("show_trace"):
                 traceback.print_exc()
-            say(
-                f"internal_error: Unexpected {type(error).__name__}: {error}. `edgekiln --trace ...` shows where; "
-                "please report it."
+            sentence = (
+                f"Unexpected {type(error).__name__}: {error}. `edgekiln --trace ...` shows where; please report it."
             )
-            raise typer.Exit(_FAILED) from None
+            _fail(ctx, _describe("internal_error", sentence), _FAILED)
+
+
+def _describe(code: str, sentence: str) -> EdgeKilnError:
+    return RemoteError({"code": code, "message": sentence, "retryable": False, "details": {}})
+
+
+def _fail(ctx: Any, error: EdgeKilnError, exit_code: int) -> NoReturn:
+    _print_problem(ctx, error)
+    say(format_error(error.to_json()))
+    raise typer.Exit(exit_code) from None
+
+
+def _print_problem(ctx: Any, error: EdgeKilnError) -> None:
+    """Give a program its JSON, whatever happens."""
+    if ctx.meta.get(_FOR_PROGRAM):
+        print_json(error.to_problem())
 
 
 app = typer.Typer(
@@ -86,9 +118,12 @@ app.command(epilog=jobs.JOB_EPILOG)(jobs.job)
 app.command(epilog=jobs.CANCEL_EPILOG)(jobs.cancel)
 app.command(epilog=jobs.RETRY_EPILOG)(jobs.retry)
 app.command(epilog=jobs.LOGS_EPILOG)(jobs.logs)
+app.command(epilog=choice.COMPARE_EPILOG)(choice.compare)
+app.command(epilog=choice.PICK_EPILOG)(choice.pick)
 app.command(epilog=jobs.DOWNLOAD_EPILOG)(jobs.download)
 app.command(epilog=catalogue.RECIPES_EPILOG)(catalogue.recipes)
 app.add_typer(server.keys, name="keys")
+app.command(epilog=sweep.GC_EPILOG)(sweep.gc)
 app.command()(server.migrate)
 app.command()(catalogue.version)
 

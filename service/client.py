@@ -6,6 +6,7 @@ up where they broke off. Knows neither ledger nor store. Called by `service.cli`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -18,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from service.downloads import fetch_artifact, fetch_manifest
-from service.errors import EdgeKilnError, InvalidSettings, RemoteError, ServiceUnavailable
+from service.errors import BlobCorrupt, EdgeKilnError, InvalidSettings, RemoteError, ServiceUnavailable
 from service.requests import JobRequest
 
 DEFAULT_URL = "http://127.0.0.1:8711"
@@ -124,6 +125,27 @@ class Client:
         """Open an ended job again for the variants that did not succeed, and return it."""
         return self._call("POST", f"/v1/jobs/{_segment(job_id)}/retry")
 
+    def compare(self, job_id: str) -> Document:
+        """Return how a job's artifacts compare in size, quality, speed and memory, format by format."""
+        return self._call("GET", f"/v1/jobs/{_segment(job_id)}/comparison")
+
+    def pick(
+        self,
+        job_id: str,
+        *,
+        prefer: str | None = None,
+        format: str | None = None,
+        engine: str | None = None,
+        **bounds: float,
+    ) -> Document:
+        """Return the best published artifact within `bounds` (gates, e.g. `max_size_bytes=1e9`), and why.
+
+        `picked` is None when none fits; `nearest` then says what misses least.
+        """
+        query = {"prefer": prefer, "format": format, "engine": engine, **bounds}
+        params = {name: value for name, value in query.items() if value is not None}
+        return self._call("GET", f"/v1/jobs/{_segment(job_id)}/pick", params=params)
+
     def wait(self, job_id: str, on_event: OnEvent | None = None, after: int = 0) -> Document:
         """Wait until a job has ended and return it; `on_event` sees every event with a number above `after`."""
         for event in self.events(job_id, after):
@@ -165,6 +187,33 @@ class Client:
         params = {} if kind is None else {"kind": kind}
         with self._stream_response(path, {"Accept": "text/plain"}, params) as response:
             yield from response.iter_text()
+
+    # --- uploads ---------------------------------------------------------------------------------
+
+    def upload(self, path: Path | str) -> Document:
+        """Store a file on the server and return it; a job names it by its `sha256`. The same bytes are stored once."""
+        file = Path(path)
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            # A length, for a server that refuses what is too large before it is sent.
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(stream.tell())}
+            stream.seek(0)
+            stored = self._call(
+                "POST", "/v1/uploads", content=stream, headers=headers, params={"name": file.name[:200]}
+            )
+        if stored["sha256"] != sha256:
+            raise BlobCorrupt(f"{file} changed while it was uploaded, or on its way. Upload it again.", path=str(file))
+        return stored
+
+    def uploads(self, page_size: int = 50) -> Iterator[Document]:
+        """Yield what was uploaded, newest first; pages are fetched as they are needed."""
+        query: dict[str, Any] = {"limit": page_size}
+        while True:
+            page = self._call("GET", "/v1/uploads", params=query)
+            yield from page["uploads"]
+            if page["next"] is None:
+                return
+            query["before"] = page["next"]
 
     # --- artifacts -------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+_GIB = 1024**3
+
 
 class EdgeKilnError(Exception):
     """Base of every expected failure.
@@ -38,6 +40,19 @@ class EdgeKilnError(Exception):
             "message": self.message,
             "retryable": self.retryable,
             "details": self.details,
+        }
+
+    def to_problem(self) -> dict[str, Any]:
+        """Return the error as a problem document (RFC 9457), without an HTTP status."""
+        document = self.to_json()
+        code = str(document["code"])
+        return {
+            "type": f"urn:edgekiln:error:{code}",
+            "title": code.replace("_", " ").capitalize(),
+            "detail": document["message"],
+            "code": code,
+            "retryable": document["retryable"],
+            "details": document["details"],
         }
 
 
@@ -72,6 +87,24 @@ class UnknownName(InvalidRequest):
     """A recipe, format, engine or device that does not exist; the message names the nearest one."""
 
     code = "unknown_name"
+
+
+class RecipeInvalid(InvalidRequest):
+    """A user's own recipe has no usable name, or settings that the quantizer does not take."""
+
+    code = "recipe_invalid"
+
+
+class RecipeUnfit(InvalidRequest):
+    """A recipe that an engine, a format or the checkpoint cannot run; refused before anything is converted."""
+
+    code = "recipe_unfit"
+
+
+class UploadNotFound(InvalidRequest):
+    """A request names a digest that its tenant did not upload, or that was swept since."""
+
+    code = "upload_not_found"
 
 
 class FolderNotAllowed(InvalidRequest):
@@ -251,6 +284,18 @@ class QuantizationFailed(EdgeKilnError):
     code = "quantization_failed"
 
 
+class CalibrationInvalid(EdgeKilnError):
+    """The calibration data are not what their kind says: no text, no prompts, or no chat template to render them."""
+
+    code = "calibration_invalid"
+
+
+class EvaluationInvalid(EdgeKilnError):
+    """An uploaded evaluation or text for perplexity is not what it should be; the message names the line."""
+
+    code = "evaluation_invalid"
+
+
 class BundleFailed(EdgeKilnError):
     """The bundle could not be written."""
 
@@ -289,6 +334,24 @@ class MemoryLimitExceeded(EdgeKilnError):
     """The child used more memory than its limit, or the kernel's out-of-memory killer took it."""
 
     code = "memory_limit_exceeded"
+
+
+class MemoryInsufficient(EdgeKilnError):
+    """No live worker may use as much memory as a step is predicted to need."""
+
+    code = "memory_insufficient"
+
+    @classmethod
+    def from_prediction(cls, step: str, predicted_bytes: int, largest_bytes: int) -> MemoryInsufficient:
+        """Word the refusal of a step, named as in the job's graph."""
+        return cls(
+            f"The step {step} is predicted to need {predicted_bytes / _GIB:.1f} GiB of memory, and the largest live "
+            f"worker may use {largest_bytes / _GIB:.1f} GiB. Start a worker on a larger host (or raise "
+            "EDGEKILN_STEP_MEMORY_BYTES, if its host has more), or ask for a smaller checkpoint or a shorter context.",
+            step=step,
+            predicted_peak_anon_bytes=predicted_bytes,
+            largest_memory_bytes=largest_bytes,
+        )
 
 
 class DeadlineExceeded(EdgeKilnError):

@@ -13,7 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from service import gates
 from service.errors import InvalidRequest, SourceNotFound
-from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES, require_known
+from service.recipes import (
+    DEVICES,
+    ENGINES,
+    FORMATS,
+    find_recipe,
+    parse_own_recipe,
+    require_known,
+    require_runnable,
+)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}")
@@ -69,6 +77,19 @@ class HubSource(BaseModel):
 
 
 Source = Annotated[FolderSource | HubSource, Field(discriminator="kind")]
+#: SHA-256 of an upload of the same tenant.
+UploadDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", examples=["9f86d081" * 8])]
+
+
+class Calibration(BaseModel):
+    """What activations are measured on, for recipes that quantize them ahead of time."""
+
+    model_config = _CONFIG
+    kind: Literal["text", "prompts"] = Field(
+        description='`text`: plain text. `prompts`: one prompt a line as JSON, `{"prompt": "..."}`, rendered '
+        "by the model's own chat template."
+    )
+    upload: UploadDigest
 
 
 class JobRequest(BaseModel):
@@ -84,16 +105,41 @@ class JobRequest(BaseModel):
     )
     context_length: int | None = Field(default=None, ge=2, le=1_048_576, description="KV cache length in tokens.")
     devices: tuple[str, ...] = Field(default=(), description="Where to benchmark; none when empty.")
-    gates: dict[str, FiniteFloat] = Field(default_factory=dict, description="Thresholds beyond the default gates.")
+    calibration: Calibration | None = Field(default=None, description="A small text of ours when absent.")
+    evaluation: UploadDigest | None = Field(
+        default=None, description='JSON lines `{"prompt", "answer"}` in place of the checkpoint\'s `evaluation.jsonl`.'
+    )
+    perplexity_text: UploadDigest | None = Field(
+        default=None, description="UTF-8 text for perplexity; a small text of ours when absent."
+    )
+    own_recipes: dict[str, list[dict[str, Any]]] = Field(
+        default_factory=dict, description="Recipes of ai-edge-quantizer entries, by the names that `recipes` uses."
+    )
+    gates: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="Thresholds beyond the default gates, or of those that may be set."
+    )
+    ignore_custom_code: bool = Field(
+        default=False, description="Convert with the built-in class although the checkpoint names code of its own."
+    )
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
 
-    @field_validator("engines", "recipes", "formats", "devices")
+    @field_validator("engines", "formats", "devices")
     @classmethod
     def _known(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        known = {"engines": ENGINES, "recipes": tuple(RECIPES), "formats": FORMATS, "devices": DEVICES}[info.field_name]
+        known = {"engines": ENGINES, "formats": FORMATS, "devices": DEVICES}[info.field_name]
         for name in value:
             require_known(info.field_name[:-1], name, known)
         return tuple(dict.fromkeys(value))
+
+    @field_validator("recipes")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("own_recipes")
+    @classmethod
+    def _own_recipes(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {name: parse_own_recipe(name, entries) for name, entries in value.items()}
 
     @field_validator("prefill_lengths")
     @classmethod
@@ -108,11 +154,16 @@ class JobRequest(BaseModel):
     @classmethod
     def _gates(cls, value: dict[str, float]) -> dict[str, float]:
         for name in value:
-            require_known("gate", name, gates.GATES)
+            gates.require_nameable(name)
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> JobRequest:
+        for recipe in self.recipes:
+            require_runnable(find_recipe(recipe, self.own_recipes), self.engines, self.formats)
+        unused = [name for name in self.own_recipes if name not in self.recipes]
+        if unused:
+            raise ValueError(f"own_recipes holds {', '.join(unused)}, which recipes does not name")
         if self.context_length is not None:
             for length in self.prefill_lengths or ():
                 if length > self.context_length:
@@ -127,6 +178,16 @@ class JobRequest(BaseModel):
         if gates.needs_benchmark(self.gates) and not self.devices:
             raise ValueError("a gate on a benchmark's figure needs a device to measure it on")
         return self
+
+    @property
+    def uploads(self) -> dict[str, str]:
+        """What the uploads are for -> their digests; the names that steps see them by."""
+        digests = {
+            "calibration": self.calibration.upload if self.calibration else None,
+            "evaluation": self.evaluation,
+            "perplexity_text": self.perplexity_text,
+        }
+        return {name: digest for name, digest in digests.items() if digest is not None}
 
     @property
     def variant_names(self) -> dict[str, tuple[str, str]]:

@@ -44,6 +44,8 @@ class Settings(BaseSettings):
     source_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     #: Largest request body.
     max_body_bytes: int = Field(default=1024**2, ge=1024)
+    #: Largest upload (calibration text, prompts, evaluation files).
+    max_upload_bytes: int = Field(default=64 * 1024**2, ge=1)
     #: Most variants (engines x recipes) one job may ask for.
     max_variants: int = Field(default=256, ge=1)
 
@@ -65,6 +67,9 @@ class Settings(BaseSettings):
     max_losses: int = Field(default=10, ge=1)
     #: First pause before a failed step is tried again; doubles each time.
     retry_pause_s: float = Field(default=5.0, ge=0)
+
+    #: How long files that are only kept for reuse stay without being used.
+    keep_intermediates_s: float = Field(default=7 * 24 * 3600.0, ge=0)
 
     #: Steps of each resource class that one worker runs at once.
     fetch_slots: int = Field(default=2, ge=0)
@@ -163,6 +168,11 @@ class Settings(BaseSettings):
     def deadline_s(self, resource_class: str) -> float:
         """Longest time one step of `resource_class` may run."""
         return float(getattr(self, f"{resource_class}_deadline_s"))
+
+    @property
+    def condemned_s(self) -> float:
+        """How long a condemned blob waits for its deletion: longer than any upload takes to be committed."""
+        return 2 * max(self.deadline_s(resource_class) for resource_class in self.slots())
 
     def to_environment(self) -> dict[str, str]:
         """Return the variables that give a subprocess these same settings."""

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from service.api import artifacts, events, health, jobs, logs
+from service.api import artifacts, choice, events, health, jobs, logs, uploads
 from service.api.context import Context
 from service.api.guards import BodyGuard, HostGuard, KeyGuard
 from service.api.problems import ProblemBoundary, install_handlers
@@ -54,12 +54,20 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
             Middleware(ProblemBoundary),
             Middleware(HostGuard, settings=settings),
             Middleware(KeyGuard, settings=settings, find_tenant=partial(access.find_tenant, database)),
-            Middleware(BodyGuard, max_body_bytes=settings.max_body_bytes),
+            Middleware(BodyGuard, settings=settings),
         ],
     )
     app.state.context = context
     install_handlers(app)
-    for router in (jobs.router, events.router, logs.router, artifacts.router, health.router):
+    for router in (
+        jobs.router,
+        uploads.router,
+        events.router,
+        logs.router,
+        artifacts.router,
+        choice.router,
+        health.router,
+    ):
         app.include_router(router)
     _declare_keys(app)
     return app

@@ -22,6 +22,8 @@ from service.settings import Settings
 TENANT = "tenant_id"
 #: Answered without a key, and with little in it.
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+#: Takes larger bodies than other routes, and streams them.
+UPLOADS_PATH = "/v1/uploads"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -122,20 +124,29 @@ class KeyGuard:
 
 
 class BodyGuard:
-    """Reads a request's body whole, up to the limit, before the route starts; chunked bodies too."""
+    """Reads a request's body whole, up to the limit, before the route starts; chunked bodies too.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    An upload's body is only counted: its route takes it piece by piece.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes = settings.max_body_bytes
+        self.max_upload_bytes = settings.max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Buffer the body, then hand it on as one message."""
         if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
             await self.app(scope, receive, send)
             return
+        is_upload = scope["path"] == UPLOADS_PATH
+        limit_bytes = self.max_upload_bytes if is_upload else self.max_body_bytes
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self.max_body_bytes:
-            raise self._too_large()
+        if declared.isdigit() and int(declared) > limit_bytes:
+            raise _too_large(limit_bytes)
+        if is_upload:
+            await self.app(scope, _counted(receive, limit_bytes), send)
+            return
         body: Message | None = await self._read(receive)
 
         async def replay() -> Message:
@@ -153,13 +164,28 @@ class BodyGuard:
                 return message
             body += message.get("body", b"")
             if len(body) > self.max_body_bytes:
-                raise self._too_large()
+                raise _too_large(self.max_body_bytes)
             if not message.get("more_body", False):
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"The request's body is larger than {self.max_body_bytes} bytes. A job request is small: weights do not "
-            "travel in it.",
-            limit_bytes=self.max_body_bytes,
-        )
+
+def _counted(receive: Receive, limit_bytes: int) -> Receive:
+    """Pass a body on and raise `PayloadTooLarge` at the first byte above the limit."""
+    read_bytes = 0
+
+    async def count() -> Message:
+        nonlocal read_bytes
+        message = await receive()
+        read_bytes += len(message.get("body", b""))
+        if read_bytes > limit_bytes:
+            raise _too_large(limit_bytes)
+        return message
+
+    return count
+
+
+def _too_large(limit_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"The request's body is larger than {limit_bytes} bytes. Weights do not travel in requests: name a source.",
+        limit_bytes=limit_bytes,
+    )

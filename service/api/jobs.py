@@ -12,7 +12,7 @@ from service.api.context import ContextOf, TenantOf
 from service.api.schemas import Catalogue, JobDocument, JobList, answers, problem_responses
 from service.api.sources import admit_source
 from service.ledger import jobs, views
-from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES
+from service.recipes import DEVICES, ENGINES, FORMATS, describe_recipes
 from service.requests import JobRequest
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -147,16 +147,12 @@ def retry_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONRes
 )
 def list_recipes(_tenant_id: TenantOf) -> JSONResponse:
     """Return the names that a job request may use."""
-    recipes = [
-        {"name": recipe.name, "description": recipe.description, "is_lossy": recipe.is_lossy}
-        for recipe in RECIPES.values()
-    ]
     return JSONResponse(
         {
-            "recipes": recipes,
+            "recipes": describe_recipes(),
             "formats": list(FORMATS),
             "engines": list(ENGINES),
             "devices": list(DEVICES),
-            "gates": sorted(gates.GATES),
+            "gates": sorted(gates.NAMEABLE),
         }
     )

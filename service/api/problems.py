@@ -57,17 +57,7 @@ def status_of(error: EdgeKilnError) -> int:
 
 def describe_problem(error: EdgeKilnError, status: int | None = None) -> dict[str, Any]:
     """Return the problem document of an error."""
-    document = error.to_json()
-    code = str(document["code"])
-    return {
-        "type": f"urn:edgekiln:error:{code}",
-        "title": code.replace("_", " ").capitalize(),
-        "status": status or status_of(error),
-        "detail": document["message"],
-        "code": code,
-        "retryable": document["retryable"],
-        "details": document["details"],
-    }
+    return {**error.to_problem(), "status": status or status_of(error)}
 
 
 def make_problem_response(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 TAGS = [
     {"name": "jobs", "description": "Submit conversions, follow them, stop them, try them again."},
+    {"name": "uploads", "description": "Files that jobs name: calibration, evaluation, texts."},
     {"name": "artifacts", "description": "Proven artifacts and the manifests that say how each came to be."},
     {"name": "catalogue", "description": "What a job may ask for."},
     {"name": "health", "description": "Whether the server lives and can do its work."},
@@ -72,6 +73,22 @@ class ArtifactList(_Document):
     artifacts: list[JobArtifact]
 
 
+class UploadDocument(_Document):
+    """A file of the tenant's own."""
+
+    sha256: str
+    size_bytes: int
+    name: str | None
+    created_at: datetime = Field(description="When it was last uploaded.")
+
+
+class UploadList(_Document):
+    """One page of uploads, newest first."""
+
+    uploads: list[UploadDocument]
+    next: str | None = Field(description="Give it as `before` to read the next page; null on the last one.")
+
+
 class VariantDocument(_Document):
     """One cell of a job's matrix."""
 
@@ -99,6 +116,7 @@ class StepDocument(_Document):
     duration_s: float | None
     peak_rss_bytes: int | None
     peak_anon_bytes: int | None
+    predicted_peak_anon_bytes: int | None = Field(description="By the plan, before it ran; null where none is made.")
     error: ErrorDocument | None
 
 
@@ -139,6 +157,90 @@ class JobDocument(JobSummary):
     steps: list[StepDocument]
 
 
+class CandidateDocument(_Document):
+    """One artifact, published or not, with what it can be chosen by."""
+
+    variant: str
+    engine: str
+    recipe: str
+    format: str
+    state: Literal["pending", "running", "succeeded", "refused", "failed", "cancelled"]
+    error: ErrorDocument | None
+    artifact: Artifact | None = Field(description="Null when the variant is not published: it is never picked.")
+    figures: dict[str, float | None] = Field(description="Dotted name -> figure; null where nobody measured it.")
+    measurement: str | None = Field(description="What the benchmark is worth: `stable`, `noisy` or `short`.")
+
+
+class ComparedDocument(CandidateDocument):
+    """A candidate beside the others of its format."""
+
+    is_pareto: bool | None = Field(description="Whether no other is better; null when it is not published.")
+    dominated_by: list[str] = Field(description="Variants at least as good on every axis and better on one.")
+
+
+class FrontDocument(_Document):
+    """The artifacts of one format, compared."""
+
+    format: str
+    axes: list[str] = Field(description="The axes on which every published artifact has a figure.")
+    missing: dict[str, list[str]] = Field(description="Axis that is not compared -> variants without its figure.")
+    best: dict[str, list[str]] = Field(description="Figure -> published variants with the best one.")
+    candidates: list[ComparedDocument]
+
+
+class AxisDocument(_Document):
+    """One direction in which an artifact can be better."""
+
+    figure_name: str
+    better: Literal["lower", "higher"]
+
+
+class ComparisonDocument(_Document):
+    """How a job's artifacts compare."""
+
+    job_id: str
+    state: JobStateName
+    is_final: bool
+    axes: dict[str, AxisDocument]
+    formats: list[FrontDocument]
+
+
+class VerdictDocument(_Document):
+    """One threshold, held against one figure."""
+
+    gate: str
+    figure_name: str
+    figure: float | None
+    bound: Literal["at_most", "at_least"]
+    threshold: float
+    passed: bool
+    sentence: str
+
+
+class JudgedDocument(CandidateDocument):
+    """A candidate, held against a wish."""
+
+    constraints: list[VerdictDocument]
+    objections: list[str] = Field(description="Why it cannot be picked, a sentence each.")
+
+
+class PickDocument(_Document):
+    """Which artifact to take."""
+
+    job_id: str
+    state: JobStateName
+    is_final: bool
+    format: str
+    engine: str | None
+    prefer: str
+    bounds: dict[str, float]
+    picked: JudgedDocument | None
+    reason: str = Field(description="Why it wins, or why none does.")
+    also_fit: list[JudgedDocument] = Field(description="The others that fit, the best first.")
+    excluded: list[JudgedDocument]
+    nearest: JudgedDocument | None = Field(description="When none fits: the published artifact that misses least.")
+
+
 class AttemptLog(_Document):
     """What one attempt of a step wrote."""
 
@@ -164,6 +266,12 @@ class RecipeDocument(_Document):
     name: str
     description: str
     is_lossy: bool
+    needs_calibration: bool = Field(description="Whether the float graph is run on text before it is quantized.")
+    block_sizes: list[int] = Field(description="Rows of all matrices must be multiples of these.")
+    constraint: str = Field(description="What the checkpoint or the request must bring; empty where it is nothing.")
+    engines: list[str]
+    formats: list[str]
+    settings: list[dict[str, Any]] = Field(description="What ai-edge-quantizer is asked for.")
 
 
 class Catalogue(_Document):

@@ -6,7 +6,7 @@ from importlib import metadata
 
 from service.commands import options
 from service.commands.output import print_json, print_table
-from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES
+from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES, describe_recipes
 
 RECIPES_EPILOG = """Example:
 
@@ -18,13 +18,12 @@ RECIPES_EPILOG = """Example:
 def recipes(as_json: options.AsJson = False) -> None:
     """List what a job may ask for."""
     if as_json:
-        documents = [
-            {"name": recipe.name, "description": recipe.description, "is_lossy": recipe.is_lossy}
-            for recipe in RECIPES.values()
-        ]
-        print_json({"recipes": documents, "formats": list(FORMATS), "engines": list(ENGINES), "devices": list(DEVICES)})
+        names = {"formats": list(FORMATS), "engines": list(ENGINES), "devices": list(DEVICES)}
+        print_json({"recipes": describe_recipes(), **names})
         return
-    print_table(("recipe", "what it does"), [[recipe.name, recipe.description] for recipe in RECIPES.values()])
+    rows = [[recipe.name, recipe.description, recipe.constraint or "-"] for recipe in RECIPES.values()]
+    print_table(("recipe", "what it does", "what it needs"), rows)
+    print("Every recipe runs from each engine in each format; recipes of your own: docs/recipes.md.")
     print(f"formats: {', '.join(FORMATS)}\nengines: {', '.join(ENGINES)}\ndevices: {', '.join(DEVICES)}")
 
 

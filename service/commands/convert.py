@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,20 +31,15 @@ EPILOG = """Examples:
   edgekiln convert ./my-model -o out
   edgekiln convert ./my-model -o out --recipe none --recipe dynamic_int8 --format tflite --format litertlm
   edgekiln convert HuggingFaceTB/SmolLM-135M -o out --context 1024 --benchmark host
+  edgekiln convert ./my-model -o out --recipe-file mine.json --calibration-prompts prompts.txt
   edgekiln convert ./my-model -o out --gate min_exact_match=0.95 --json > job.json
 """
 
 
+@options.takes_order
 def convert(
-    source: options.Source,
+    order: options.Order,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artifacts go.")],
-    recipe: options.Recipes = None,
-    format: options.Formats = None,
-    engine: options.Engines = None,
-    prefill: options.Prefill = None,
-    context: options.Context = None,
-    benchmark: options.Benchmark = None,
-    gate: options.Gates = None,
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -52,26 +48,24 @@ def convert(
     Starts the embedded profile, runs one job, puts each proven artifact with its manifest into a folder, and stops
     everything. Exits with 0 only if every variant succeeded, 1 otherwise, 2 if what was asked for cannot work.
     """
-    request = options.make_request(
-        source,
-        recipes=recipe,
-        formats=format,
-        engines=engine,
-        prefill=prefill,
-        context=context,
-        benchmark=benchmark,
-        gates=gate,
-    )
     settings = options.read_settings(data_dir=data_dir, port=0, host="127.0.0.1")
     _make_folder(output)
-    with orderly_end():
-        job = run_job(settings, request, output)
+    with orderly_end() as end_if_asked:
+        job = run_job(settings, order, output, end_if_asked)
     if as_json:
         print_json(job)
         say_outcome(job)
     else:
         print_outcome(job)
+        _hint(job, data_dir)
     raise typer.Exit(exit_code(job))
+
+
+def _hint(job: dict[str, Any], data_dir: Path | None) -> None:
+    """Say how to choose, where there is a choice."""
+    if sum(bool(variant["artifacts"]) for variant in job["variants"]) > 1:
+        where = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
+        say(f"To choose among them: edgekiln compare {job['id']}{where}")
 
 
 def _make_folder(output: Path) -> None:
@@ -81,21 +75,22 @@ def _make_folder(output: Path) -> None:
         raise InvalidRequest(f"{output} cannot be made: {error.strerror}. Name another folder with -o.") from error
 
 
-def run_job(settings: Settings, request: JobRequest, output: Path) -> dict[str, Any]:
+def run_job(settings: Settings, order: options.Order, output: Path, end_if_asked: Callable[[], None]) -> dict[str, Any]:
     """Run one job and download its artifacts; return the job with local paths in its artifacts.
 
-    An interrupted command cancels its job. A server that holds the data directory is used; when it ends before the
-    job does, this command serves the rest itself.
+    An interrupted command cancels its job; `end_if_asked` is that of `orderly_end`. A server that holds the data
+    directory is used; when it ends before the job does, this command serves the rest itself.
     """
     job_id: str | None = None
     seen = 0
     while True:
-        with _server(settings, request) as (client, is_guest):
+        with _server(settings, order.request) as (client, is_guest):
             try:
                 if job_id is None:
-                    job_id = _submit(client, settings, request, is_guest)
+                    end_if_asked()
+                    job_id = _submit(client, settings, order, is_guest)
                     say(f"Job {job_id}.")
-                seen = _follow(client, job_id, seen)
+                seen = _follow(client, job_id, seen, end_if_asked)
                 return _collect(client, job_id, output)
             except ServiceUnavailable:
                 if not is_guest or job_id is None:
@@ -136,12 +131,13 @@ def _server(settings: Settings, request: JobRequest) -> Iterator[tuple[Client, b
         supervisor.stop()
 
 
-def _submit(client: Client, settings: Settings, request: JobRequest, is_guest: bool) -> str:
+def _submit(client: Client, settings: Settings, order: options.Order, is_guest: bool) -> str:
     from service.requests import FolderSource
 
-    if is_guest and isinstance(request.source, FolderSource):
-        return _submit_directly(settings, request)
-    return str(client.submit(request)["id"])
+    order.upload_files(client)
+    if is_guest and isinstance(order.request.source, FolderSource):
+        return _submit_directly(settings, order.request)
+    return str(client.submit(order.request)["id"])
 
 
 def _submit_directly(settings: Settings, request: JobRequest) -> str:
@@ -162,10 +158,11 @@ def _submit_directly(settings: Settings, request: JobRequest) -> str:
     return submission.job_id
 
 
-def _follow(client: Client, job_id: str, seen: int) -> int:
+def _follow(client: Client, job_id: str, seen: int, end_if_asked: Callable[[], None]) -> int:
     """Show a job's events until it ends; return the number of the last one."""
     with ProgressView(lambda: client.get(job_id)) as view:
         for event in client.events(job_id, seen):
+            end_if_asked()
             view.on_event(event)
             seen = event["number"]
     return seen

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.commands import options
-from service.commands.output import format_bytes, print_json, print_table, say
+from service.commands.output import format_time, print_json, print_table, say
 from service.commands.progress import ProgressView, label_step
 from service.commands.report import exit_code, print_outcome, say_outcome
+from service.units import format_bytes
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -63,16 +64,9 @@ DOWNLOAD_EPILOG = """Example:
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until the job has ended; the exit code tells how.")]
 
 
+@options.takes_order
 def submit(
-    source: options.Source,
-    recipe: options.Recipes = None,
-    format: options.Formats = None,
-    engine: options.Engines = None,
-    prefill: options.Prefill = None,
-    context: options.Context = None,
-    benchmark: options.Benchmark = None,
-    gate: options.Gates = None,
-    priority: options.Priority = None,
+    order: options.Order,
     wait: Wait = False,
     idempotency_key: Annotated[
         str | None, typer.Option("--idempotency-key", metavar="TEXT", help="Submit once, however often it is repeated.")
@@ -82,19 +76,9 @@ def submit(
     api_key: options.ApiKey = None,
 ) -> None:
     """Submit a job to a server and print its id."""
-    request = options.make_request(
-        source,
-        recipes=recipe,
-        formats=format,
-        engines=engine,
-        prefill=prefill,
-        context=context,
-        benchmark=benchmark,
-        gates=gate,
-        priority=priority,
-    )
     with options.connect(url, api_key) as client:
-        job = client.submit(request, idempotency_key=idempotency_key)
+        order.upload_files(client)
+        job = client.submit(order.request, idempotency_key=idempotency_key)
         if wait:
             say(f"Job {job['id']}.")
             _finish(_watch(client, job["id"]), as_json)
@@ -120,7 +104,8 @@ def jobs(
         print_json(found)
         return
     rows = [
-        [job["id"], job["state"], _name_source(job), _count(job["variant_states"]), job["created_at"]] for job in found
+        [job["id"], job["state"], _name_source(job), _count(job["variant_states"]), format_time(job["created_at"])]
+        for job in found
     ]
     print_table(("id", "state", "source", "variants", "submitted"), rows)
 
@@ -156,6 +141,10 @@ def job(
     _print_steps(document)
 
 
+_STEP_WORDS = ("step", "state")
+_STEP_NUMBERS = ("attempts", "time", "peak\nRSS", "peak\nanonymous", "\npredicted")
+
+
 def _print_steps(document: Mapping[str, Any]) -> None:
     rows = [
         [
@@ -165,10 +154,11 @@ def _print_steps(document: Mapping[str, Any]) -> None:
             "-" if step["duration_s"] is None else f"{step['duration_s']:.1f} s",
             format_bytes(step["peak_rss_bytes"]),
             format_bytes(step["peak_anon_bytes"]),
+            format_bytes(step["predicted_peak_anon_bytes"]),
         ]
         for step in document["steps"]
     ]
-    print_table(("step", "state", "attempts", "time", "peak RSS", "peak anonymous"), rows, right=("attempts", "time"))
+    print_table((*_STEP_WORDS, *_STEP_NUMBERS), rows, right=_STEP_NUMBERS)
 
 
 def cancel(job_id: options.JobId, url: options.Url = None, api_key: options.ApiKey = None) -> None:
@@ -240,8 +230,12 @@ def download(
 
 
 def _watch(client: Client, job_id: str, seen: int = 0) -> dict[str, Any]:
-    with ProgressView(lambda: client.get(job_id)) as view:
-        return client.wait(job_id, view.on_event, after=seen)
+    try:
+        with ProgressView(lambda: client.get(job_id)) as view:
+            return client.wait(job_id, view.on_event, after=seen)
+    except KeyboardInterrupt:
+        say(f"Job {job_id} goes on: `edgekiln job {job_id} --watch` shows it, `edgekiln cancel {job_id}` ends it.")
+        raise
 
 
 def _finish(document: dict[str, Any], as_json: bool) -> None:

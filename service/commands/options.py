@@ -1,7 +1,13 @@
-"""Options that several commands share, and the job request that they make."""
+"""Options that several commands share, and the order that they make."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,10 +46,35 @@ Benchmark = Annotated[
     list[str] | None,
     typer.Option("--benchmark", metavar="DEVICE", help=f"Measure there: {', '.join(DEVICES)}."),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="FILE", help="Text that recipes with quantized activations measure on."),
+]
+CalibrationPrompts = Annotated[
+    str | None,
+    typer.Option("--calibration-prompts", metavar="FILE", help="The same, one prompt a line, in the chat template."),
+]
+Evaluation = Annotated[
+    str | None,
+    typer.Option("--evaluation", metavar="FILE", help="Prompts and answers as JSON lines, for exact match."),
+]
+PerplexityText = Annotated[
+    str | None, typer.Option("--perplexity-text", metavar="FILE", help="Text that perplexity is measured on.")
+]
+RecipeFiles = Annotated[
+    list[str] | None,
+    typer.Option("--recipe-file", metavar="[NAME=]FILE", help="A recipe of your own, as JSON; may be repeated."),
+]
 Gates = Annotated[
     list[str] | None,
     typer.Option(
         "--gate", metavar="NAME=VALUE", help="Publish only what keeps this threshold, e.g. min_exact_match=0.9."
+    ),
+]
+IgnoreCustomCode = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-custom-code", help="Use the built-in class where the checkpoint names code of its own (auto_map)."
     ),
 ]
 Priority = Annotated[int | None, typer.Option("--priority", metavar="N", help="Higher runs first, -100 to 100.")]
@@ -61,27 +92,51 @@ ApiKey = Annotated[
 ]
 
 
-def make_request(
-    source: str,
-    *,
-    recipes: list[str] | None,
-    formats: list[str] | None,
-    engines: list[str] | None,
-    prefill: list[int] | None,
-    context: int | None,
-    benchmark: list[str] | None,
-    gates: list[str] | None,
-    priority: int | None = None,
-) -> JobRequest:
-    """Check everything that can be checked before anything starts, and return the request.
+#: Names an upload in place of a file, as the commands in manifests do.
+_UPLOADED = "sha256:"
 
-    Raises `UnknownName` with the nearest name, `InvalidRequest` and `SourceNotFound`.
+
+@dataclass(frozen=True)
+class Order:
+    """A request, and the files that must be uploaded before it is submitted."""
+
+    request: JobRequest
+    files: tuple[Path, ...]
+
+    def upload_files(self, client: Client) -> None:
+        """Bring the files to the server; those it has already cost it nothing."""
+        for file in self.files:
+            client.upload(file)
+
+
+def make_order(
+    source: Source,
+    recipe: Recipes = None,
+    format: Formats = None,
+    engine: Engines = None,
+    prefill: Prefill = None,
+    context: Context = None,
+    benchmark: Benchmark = None,
+    calibration: Calibration = None,
+    calibration_prompts: CalibrationPrompts = None,
+    evaluation: Evaluation = None,
+    perplexity_text: PerplexityText = None,
+    recipe_file: RecipeFiles = None,
+    gate: Gates = None,
+    ignore_custom_code: IgnoreCustomCode = False,
+    priority: Priority = None,
+) -> Order:
+    """Check everything that can be checked before anything starts, and return the order.
+
+    Its parameters are the options of every command that `takes_order`. Raises `UnknownName` with the nearest name,
+    `InvalidRequest` and `SourceNotFound`.
     """
+    own_recipes = dict(_read_recipe(text) for text in recipe_file or ())
     # Names first: they cost nothing, and the folder's trouble would hide theirs.
     for kind, names, known in (
-        ("recipe", recipes, tuple(RECIPES)),
-        ("format", formats, FORMATS),
-        ("engine", engines, ENGINES),
+        ("recipe", recipe, (*RECIPES, *own_recipes)),
+        ("format", format, FORMATS),
+        ("engine", engine, ENGINES),
         ("device", benchmark, DEVICES),
     ):
         for name in names or ():
@@ -89,22 +144,97 @@ def make_request(
 
     from service.requests import parse_request, parse_source
 
+    files: list[Path] = []
     fields: dict[str, Any] = {
-        "recipes": recipes,
-        "formats": formats,
-        "engines": engines,
+        # Who brings a recipe wants it, named or not.
+        "recipes": list(dict.fromkeys([*(recipe or ()), *own_recipes])),
+        "formats": format,
+        "engines": engine,
         "prefill_lengths": prefill,
         "context_length": context,
         "devices": benchmark,
-        "gates": _parse_gates(gates or []),
+        "calibration": _choose_calibration(calibration, calibration_prompts, files),
+        "evaluation": _name_upload("--evaluation", evaluation, files),
+        "perplexity_text": _name_upload("--perplexity-text", perplexity_text, files),
+        "own_recipes": own_recipes,
+        "gates": parse_gates(gate or []),
+        "ignore_custom_code": ignore_custom_code,
         "priority": priority,
     }
     # An empty list or table was not asked for; a zero was.
     given = {name: value for name, value in fields.items() if value not in (None, [], {})}
-    return parse_request({"source": parse_source(source).model_dump(mode="json"), **given})
+    request = parse_request({"source": parse_source(source).model_dump(mode="json"), **given})
+    return Order(request, tuple(files))
 
 
-def _parse_gates(texts: list[str]) -> dict[str, float]:
+def takes_order(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `make_order` in place of its first parameter, `order`."""
+    order_options = inspect.signature(make_order, eval_str=True).parameters
+    (_, *own_options) = inspect.signature(command, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        order = make_order(**{name: values.pop(name) for name in order_options})
+        command(order, **values)
+
+    options = [*order_options.values(), *own_options]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    )
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+def _choose_calibration(text: str | None, prompts: str | None, files: list[Path]) -> dict[str, str] | None:
+    if text and prompts:
+        raise InvalidRequest("Give either --calibration or --calibration-prompts: a recipe measures on one of them.")
+    for kind, option, place in (("text", "--calibration", text), ("prompts", "--calibration-prompts", prompts)):
+        upload = _name_upload(option, place, files)
+        if upload is not None:
+            return {"kind": kind, "upload": upload}
+    return None
+
+
+def _name_upload(option: str, place: str | None, files: list[Path]) -> str | None:
+    """Return the digest of a file that is to be uploaded, and enter it into `files`; `sha256:DIGEST` names itself."""
+    if place is None:
+        return None
+    if place.startswith(_UPLOADED):
+        return place.removeprefix(_UPLOADED)
+    file = Path(place).expanduser()
+    digest = hashlib.sha256(_read_text(option, file).encode()).hexdigest()
+    files.append(file)
+    return digest
+
+
+def _read_text(option: str, file: Path) -> str:
+    """Return a file's text as it is; raises `InvalidRequest` for one that is empty or not UTF-8."""
+    try:
+        text = file.read_bytes().decode()
+    except OSError as error:
+        raise InvalidRequest(f"{option} {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{option} {file}: not UTF-8 text, at byte {error.start}.") from error
+    if not text.strip():
+        raise InvalidRequest(f"{option} {file}: the file is empty.")
+    return text
+
+
+def _read_recipe(place: str) -> tuple[str, Any]:
+    """Read `[NAME=]FILE.json`, or `NAME=[...]` as manifests give it; the name is the file's by default."""
+    name, separator, rest = place.partition("=")
+    if not separator:
+        name, rest = Path(place).stem, place
+    is_inline = rest.lstrip().startswith("[")
+    text = rest if is_inline else _read_text("--recipe-file", Path(rest).expanduser())
+    try:
+        return name, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"--recipe-file {place if not is_inline else name}: not JSON: {error}.") from error
+
+
+def parse_gates(texts: list[str]) -> dict[str, float]:
+    """Read `NAME=VALUE`s; raises `InvalidRequest`."""
     gates = {}
     for text in texts:
         name, _, value = text.partition("=")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from service.commands.output import format_error, say
+from service.commands.output import format_error, format_failure, say
 
 #: Reads the job whole, to learn what its steps are for.
 ReadJob = Callable[[], Mapping[str, Any]]
@@ -72,8 +72,8 @@ class ProgressView:
         if event["kind"] == "job":
             self._display.line(f"job: {data['state']}")
         elif event["kind"] == "variant" and data["state"] not in ("pending", "running"):
-            reason = f" ({format_error(data['error'])})" if data.get("error") else ""
-            self._display.line(f"variant {data['name']}: {data['state']}{reason}")
+            outcome = format_failure(data["state"], data["error"]) if data.get("error") else data["state"]
+            self._display.line(f"variant {data['name']}: {outcome}")
         elif event["kind"] == "step":
             self._show_step(self._find(data), data, dt.datetime.fromisoformat(event["created_at"]))
         elif event["kind"] == "progress":

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from service.commands.output import format_bytes, format_error, print_table, say
+from service.commands.output import format_error, format_failure, print_table, say
+from service.units import format_bytes
 
 _NONE = "-"
-_COLUMNS = (
-    "variant",
-    "state",
-    "engine",
-    "format",
-    "size",
-    "error/range",
-    "KL",
-    "accuracy",
-    "prefill tok/s",
-    "decode tok/s",
-    "file",
-)
-_NUMBERS = ("size", "error/range", "KL", "accuracy", "prefill tok/s", "decode tok/s")
+_NUMBERS = ("size", "error/\nrange", "KL", "exact\nmatch", "prefill\ntok/s", "decode\ntok/s")
+_COLUMNS = ("variant", "state", "format", *_NUMBERS)
 
 
 def print_outcome(job: Mapping[str, Any]) -> None:
-    """Print a row for every artifact, then every failure as a sentence, then what was reused."""
+    """Print a row for every artifact, then what they share, every failure as a sentence, and what was reused."""
     rows = [row for variant in job["variants"] for row in _variant_rows(variant)]
     if rows:
         print_table(_COLUMNS, rows, right=_NUMBERS)
-    for line in _failures(job):
+    for line in (*_shared(job), *_failures(job)):
         say(line)
     say_outcome(job)
+
+
+def _shared(job: Mapping[str, Any]) -> list[str]:
+    """Return what is the same for all rows: engines, the source's accuracy, where the files are."""
+    engines = {variant["engine"]: None for variant in job["variants"]}
+    lines = [f"Engine: {', '.join(engines)}."] if engines else []
+    sources = [variant["quality"]["source_exact_match"] for variant in job["variants"] if _has_evaluation(variant)]
+    if sources:
+        lines.append(f"Exact match of the source: {sources[0]:.1%}.")
+    artifacts = [artifact for variant in job["variants"] for artifact in variant["artifacts"]]
+    folders = {str(Path(artifact["path"]).parent): None for artifact in artifacts if "path" in artifact}
+    if folders:
+        lines.append(f"Files: {len(artifacts)} in {', '.join(folders)}.")
+    return lines
+
+
+def _has_evaluation(variant: Mapping[str, Any]) -> bool:
+    return (variant["quality"] or {}).get("source_exact_match") is not None
 
 
 def say_outcome(job: Mapping[str, Any]) -> None:
@@ -53,23 +61,20 @@ def _count_reused(job: Mapping[str, Any]) -> str:
 
 
 def _variant_rows(variant: Mapping[str, Any]) -> list[list[str]]:
-    head = [variant["name"], variant["state"], variant["engine"]]
+    head = [variant["name"], variant["state"]]
     parity = variant["parity"] or {}
     figures = [_number(parity.get("max_abs_error_ratio"), ".2g"), _number(parity.get("kl_mean"), ".2g")]
-    if not variant["artifacts"]:
-        error = variant["error"]
-        return [[*head, _NONE, _NONE, *figures, _NONE, _NONE, _NONE, error["code"] if error else _NONE]]
+    kinds = {artifact["kind"]: format_bytes(artifact["size_bytes"]) for artifact in variant["artifacts"]}
     return [
         [
             *head,
-            artifact["kind"],
-            format_bytes(artifact["size_bytes"]),
+            kind,
+            size,
             *figures,
-            _accuracy(variant["quality"], artifact["kind"]),
-            *_speeds(variant["measurements"], artifact["kind"]),
-            artifact.get("path") or artifact["name"],
+            _accuracy(variant["quality"], kind),
+            *_speeds(variant["measurements"], kind),
         ]
-        for artifact in variant["artifacts"]
+        for kind, size in (kinds or {_NONE: _NONE}).items()
     ]
 
 
@@ -78,12 +83,9 @@ def _number(value: Any, form: str) -> str:
 
 
 def _accuracy(quality: Mapping[str, Any] | None, kind: str) -> str:
-    """Return exact match of the source and of the artifact, in percent."""
+    """Return the artifact's exact match; the graph's where there is no artifact."""
     own = ((quality or {}).get("by_format") or {}).get(kind) or quality or {}
-    source, artifact = own.get("source_exact_match"), own.get("exact_match")
-    if artifact is None:
-        return _NONE
-    return f"{_number(source, '.1%')} → {artifact:.1%}"
+    return _number(own.get("exact_match"), ".1%")
 
 
 def _speeds(measurements: list[Mapping[str, Any]], kind: str) -> list[str]:
@@ -102,7 +104,7 @@ def _failures(job: Mapping[str, Any]) -> list[str]:
     for variant in job["variants"]:
         if variant["error"]:
             told.add(variant["error"]["message"])
-            lines.append(f"{variant['name']} {variant['state']}: {format_error(variant['error'])}")
+            lines.append(f"{variant['name']} {format_failure(variant['state'], variant['error'])}")
     untold = [step for step in job["steps"] if step["state"] == "failed" and step["error"]]
     return lines + [
         f"{step['kind']} failed: {format_error(step['error'])}"

@@ -13,7 +13,7 @@ import typer
 
 from service.commands import options
 from service.commands.interrupts import orderly_end
-from service.commands.output import print_json, print_table, say
+from service.commands.output import format_time, print_json, print_table, say
 from service.errors import InvalidRequest, ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -155,8 +155,12 @@ def list_keys(tenant: Tenant = "default", data_dir: options.DataDir = None, as_j
     if as_json:
         print_json(found)
         return
-    columns = ("id", "name", "prefix", "created_at", "expires_at", "revoked_at")
-    print_table(columns, [[str(key[column] or "-") for column in columns] for key in found])
+    columns = ("id", "name", "prefix", "created", "expires", "revoked")
+    rows = [
+        [key["id"], key["name"], key["prefix"], *(format_time(key[f"{what}_at"]) for what in columns[3:])]
+        for key in found
+    ]
+    print_table(columns, rows)
 
 
 @keys.command("revoke")
