@@ -30,7 +30,7 @@ test: install ## Run every test (about 15 minutes on 2 cores)
 test-fast: install ## Run the tests that need no conversion
 	$(BIN)/python -m pytest tests/unit tests/contract tests/migration
 
-test-families: install ## Convert and run every family by every engine (about 15 minutes on 2 cores)
+test-families: install ## Convert and prove every family, and write docs/supported.md (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest tests/families
 
 check: install ## Lint, types, import rules

@@ -18,6 +18,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from workers.verify import openelm
+
 #: `byte_level`: Llama 3 style, every byte has a token. `metaspace`: Llama 2 style with byte fallback, as
 #: `tokenizer.json` only. `sentencepiece`: the same, with its `tokenizer.model` beside it. `unigram`: pieces with
 #: scores and byte fallback, as `tokenizer.json` only.
@@ -50,8 +52,11 @@ BYTE_TOKENS = range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 256)
 #: Llama 2 wrote every byte that no piece covers as one of these.
 _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
+#: Architectures that transformers has no class of.
+OWN_CLASSES: dict[str, type[PreTrainedModel]] = {"OpenELMForCausalLM": openelm.OpenELMForCausalLM}
+
 #: Parts of the names of embeddings, and ends of the names of matrices that lie as [inputs, outputs].
-_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "wpe")
+_EMBEDDINGS = ("embed_tokens", "token_embeddings", "word_embeddings", "wte", "wpe")
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 #: Architectures that store norms as a difference from one.
 _NORMS_FROM_ONE = ("GemmaFor", "Gemma2", "Gemma3For", "Qwen3_5")
@@ -135,7 +140,7 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model_class = getattr(transformers, architecture)
+        model_class = OWN_CLASSES.get(architecture) or getattr(transformers, architecture)
         config_class = model_class.config_class
         known = {*config_class().to_dict(), *config_class.attribute_map}
         common = {name: value for name, value in settings.items() if name in known}

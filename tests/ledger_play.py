@@ -7,6 +7,7 @@ from typing import Any
 
 from service.errors import EdgeKilnError
 from service.ledger import access, claims, fleet, jobs, results, views
+from service.ledger.blobs import OutputFile
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, digest_json
 from service.ledger.plan import RESOURCE_CLASSES
@@ -31,12 +32,15 @@ class Play:
         access.ensure_tenant(database, tenant_id)
         self.worker_id = self.add_worker(host)
 
-    def add_worker(self, host: str = "host-a", slots: dict[str, int] | None = None) -> str:
+    def add_worker(
+        self, host: str = "host-a", slots: dict[str, int] | None = None, memory_limit_bytes: int = 100
+    ) -> str:
         return fleet.register_worker(
             self.database,
             host,
             cores=2,
-            memory_bytes=1,
+            memory_bytes=120,
+            memory_limit_bytes=memory_limit_bytes,
             slots=slots or SLOTS,
             toolchain=TOOLCHAIN,
             isolation={"isolation": "strong"},
@@ -89,8 +93,9 @@ class Play:
             claims.release_step(self.database, other)
         return claim
 
-    def finish(self, claim: claims.Claim, outputs: Sequence[claims.OutputFile] | None = None) -> None:
-        success = results.Success(figures_of(claim), outputs if outputs is not None else outputs_of(claim))
+    def finish(self, claim: claims.Claim, outputs: Sequence[OutputFile] | None = None, **figures: Any) -> None:
+        found = {**figures_of(claim), **figures}
+        success = results.Success(found, outputs if outputs is not None else outputs_of(claim))
         results.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
 
     def fail(self, claim: claims.Claim, error: EdgeKilnError) -> bool:
@@ -117,8 +122,8 @@ def figures_of(claim: claims.Claim) -> dict[str, Any]:
     return {"kind": claim.kind}
 
 
-def outputs_of(claim: claims.Claim) -> list[claims.OutputFile]:
+def outputs_of(claim: claims.Claim) -> list[OutputFile]:
     """One file of its own for every step that makes one."""
     if claim.kind not in ("fetch", "convert", "quantize", "bundle"):
         return []
-    return [claims.OutputFile("model.bin", digest_json([claim.key, "bytes"]), 10)]
+    return [OutputFile("model.bin", digest_json([claim.key, "bytes"]), 10)]

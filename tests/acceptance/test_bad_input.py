@@ -34,7 +34,9 @@ class Bad:
     says: tuple[str, ...]
     #: Spoils a valid checkpoint.
     spoil: Callable[[Path], object] = field(default=lambda folder: None)
+    #: Options of the command; `FILE` stands for a file that holds `content`.
     options: tuple[str, ...] = ()
+    content: bytes = b""
     #: 2: the caller is told before anything is stored; 1: the job has failed.
     exit_code: int = 1
 
@@ -96,11 +98,50 @@ def set_template(template: str) -> Callable[[Path], object]:
     return spoil
 
 
+def add_a_token(folder: Path) -> None:
+    added = [*tiny.TOKENIZER["added_tokens"], {"id": tiny.VOCABULARY, "content": "<extra>", "special": True}]
+    tiny.write_json(folder / "tokenizer.json", {**tiny.TOKENIZER, "added_tokens": added})
+
+
+def set_tensor(name: str, *shape: int) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        tensors = tiny.build_tensors()
+        assert tensors[name].shape != shape
+        tiny.write_tensors(folder / WEIGHTS, {**tensors, name: np.ones(shape, np.float32)})
+
+    return spoil
+
+
+def take_the_example(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(EXAMPLE, folder)
+
+
+def forget_template(folder: Path) -> None:
+    tiny.write_json(folder / "tokenizer_config.json", {**tiny.TOKENIZER_CONFIG, "chat_template": None})
+
+
 def choose_word_pieces(folder: Path) -> None:
     vocabulary = {f"t{index}": index for index in range(tiny.VOCABULARY)}
     tiny.write_json(folder / "tokenizer.json", {**tiny.TOKENIZER, "model": {"type": "WordPiece", "vocab": vocabulary}})
 
 
+#: Integers for the activations of every operation: the runtime aborts at them.
+STATIC_EVERYWHERE = json.dumps(
+    [
+        {
+            "regex": ".*",
+            "operation": "*",
+            "algorithm_key": "min_max_uniform_quantize",
+            "op_config": {
+                "activation_tensor_config": {"num_bits": 8, "symmetric": False, "granularity": "TENSORWISE"},
+                "weight_tensor_config": {"num_bits": 8, "symmetric": True, "granularity": "CHANNELWISE"},
+                "compute_precision": "INTEGER",
+                "explicit_dequantize": False,
+            },
+        }
+    ]
+).encode()
 _ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 CASES = [
     Bad("no-folder", "source_not_found", ("no-folder",), shutil.rmtree, exit_code=2),
@@ -131,12 +172,132 @@ CASES = [
     Bad("nan", "checkpoint_invalid", (WEIGHTS, "NaN", "model.norm.weight"), write_nan),
     Bad("disagree", "checkpoint_invalid", ("config.json demands",), set_config(num_hidden_layers=3)),
     Bad(
+        "shape",
+        "checkpoint_invalid",
+        (
+            "'model.embed_tokens.weight'",
+            f"has shape [{tiny.VOCABULARY}, {tiny.HIDDEN}]",
+            f"demands [16, {tiny.HIDDEN}]",
+        ),
+        set_config(vocab_size=16),
+    ),
+    Bad(
+        "large-tokenizer",
+        "checkpoint_invalid",
+        (f"gives out {tiny.VOCABULARY + 1} ids", f"the embedding has {tiny.VOCABULARY} rows"),
+        add_a_token,
+    ),
+    Bad(
+        "operator",
+        "architecture_unsupported",
+        ("Qwen3_5ForCausalLM", "'gated_delta_update'", "lacks on CPUs", "Qwen3ForCausalLM"),
+        set_config(architectures=["Qwen3_5ForCausalLM"], model_type="qwen3_5_text"),
+    ),
+    Bad(
+        "activation",
+        "architecture_unsupported",
+        ("'hidden_act' is 'relu'", "llama", "only 'silu' is"),
+        set_config(hidden_act="relu"),
+    ),
+    Bad(
         "architecture",
         "architecture_unsupported",
         ("MambaForCausalLM", "LlamaForCausalLM"),
         set_config(architectures=["MambaForCausalLM"], model_type="mamba"),
     ),
-    Bad("code", "checkpoint_unsafe", ("auto_map",), set_config(auto_map={"AutoModel": "modeling.Model"})),
+    Bad(
+        "code",
+        "checkpoint_unsafe",
+        ("auto_map", "--ignore-custom-code"),
+        set_config(auto_map={"AutoModel": "modeling.Model"}),
+    ),
+    Bad(
+        "code-without-class",
+        "checkpoint_unsafe",
+        ("auto_map", "supported architecture"),
+        set_config(auto_map={"AutoModel": "modeling.Model"}, architectures=["OwnForCausalLM"]),
+    ),
+    Bad(
+        "code-ignored-without-class",
+        "architecture_unsupported",
+        ("OwnForCausalLM", "LlamaForCausalLM"),
+        set_config(auto_map={"AutoModel": "modeling.Model"}, architectures=["OwnForCausalLM"]),
+        options=("--ignore-custom-code",),
+    ),
+    Bad(
+        "rope",
+        "architecture_unsupported",
+        ("config.json", "rope_scaling.rope_type", "'yarn'", "'llama3'"),
+        set_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    ),
+    Bad(
+        "experts", "architecture_unsupported", ("MixtralForCausalLM",), set_config(architectures=["MixtralForCausalLM"])
+    ),
+    Bad(
+        "quantized",
+        "checkpoint_invalid",
+        ("config.json", "quantized already", "bfloat16"),
+        set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    ),
+    Bad(
+        "transposed",
+        "checkpoint_invalid",
+        ("model.layers.0.mlp.down_proj.weight", "[16, 8]", "config.json demands [8, 16]"),
+        set_tensor("model.layers.0.mlp.down_proj.weight", 16, 8),
+    ),
+    Bad("greedy", "chat_template_invalid", ("chat_template", "MiB"), set_template("{{ 'x' * 10 ** 9 }}")),
+    Bad(
+        "escaping",
+        "chat_template_invalid",
+        ("chat_template", "__class__", "unsafe"),
+        set_template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    ),
+    Bad(
+        "own-recipe",
+        "recipe_invalid",
+        ("mine",),
+        options=("--recipe-file", "mine=FILE"),
+        content=b'[{"regex": ".*", "operation": "NO_SUCH_OPERATION", "algorithm_key": "min_max_uniform_quantize"}]',
+        exit_code=2,
+    ),
+    Bad(
+        "own-recipe-that-aborts",
+        "recipe_unfit",
+        ("'mine'", "static", "runtime aborts", "FULLY_CONNECTED"),
+        options=("--recipe-file", "mine=FILE"),
+        content=STATIC_EVERYWHERE,
+        exit_code=2,
+    ),
+    Bad(
+        "blocks",
+        "recipe_unfit",
+        ("'dynamic_int4_block32'", "blocks of 32", "8 values", "mixed_int4"),
+        options=("-r", "dynamic_int4_block32"),
+    ),
+    Bad(
+        "calibration-of-bytes",
+        "invalid_request",
+        ("calibration", "not UTF-8 text"),
+        options=("-r", "static_int8", "--calibration", "FILE"),
+        content=b"\xff\xfe\x00",
+        exit_code=2,
+    ),
+    Bad(
+        "calibration-without-prompts",
+        "calibration_invalid",
+        ("Line 2", '{"prompt": "..."}'),
+        take_the_example,
+        options=("-r", "static_int8", "--calibration-prompts", "FILE"),
+        content=b'{"prompt": "1+1="}\n{"question": "2+2="}\n',
+    ),
+    Bad(
+        "calibration-without-template",
+        "calibration_invalid",
+        ("no chat template", "plain text"),
+        forget_template,
+        options=("-r", "static_int8", "--calibration-prompts", "FILE"),
+        content=b'{"prompt": "1+1="}\n',
+    ),
     Bad("endless", "chat_template_invalid", ("chat_template", "does not end"), set_template(_ENDLESS)),
     Bad("word-pieces", "tokenizer_unsupported", ("WordPiece", "litertlm"), choose_word_pieces, options=("-f", "task")),
 ]
@@ -175,7 +336,9 @@ def outcomes(kiln: Kiln) -> dict[str, Outcome]:
     def run(case: Bad) -> Outcome:
         folder = tiny.write_tiny(kiln.folder / "models" / case.name)
         case.spoil(folder)
-        return submit(kiln, folder, *case.options)
+        file = kiln.folder / f"{case.name}.file"
+        file.write_bytes(case.content)
+        return submit(kiln, folder, *(option.replace("FILE", str(file)) for option in case.options))
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip((case.name for case in CASES), pool.map(run, CASES), strict=True))
@@ -186,8 +349,9 @@ def test_bad_input_is_refused_with_a_sentence(case: Bad, outcomes: dict[str, Out
     outcome = outcomes[case.name]
     assert outcome.exit_code == case.exit_code, outcome.errors
     if case.exit_code == 2:
-        assert outcome.output == ""
-        code, _, sentence = outcome.errors.strip().splitlines()[-1].partition(": ")
+        problem: Document = json.loads(outcome.output)
+        code, sentence = problem["code"], problem["detail"]
+        assert outcome.errors.strip().splitlines()[-1] == f"{code}: {sentence}"
     else:
         job: Document = json.loads(outcome.output)
         assert (job["state"], job["variants"][0]["artifacts"]) == ("failed", [])

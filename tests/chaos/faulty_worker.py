@@ -20,6 +20,7 @@ from service.settings import load_settings
 from service.storage.folder import FolderStore
 from workers.process import WorkerProcess
 from workers.runner import Runner
+from workers.transfer import Transfer
 
 Strike = Callable[[], None]
 _CLASSES = ("fetch", "convert", "light")
@@ -65,9 +66,9 @@ PUBLISH_SEAMS: dict[str, Callable[[Strike], None]] = {
     "after_finish": _strike_after(results, "finish_step"),
 }
 FETCH_SEAMS: dict[str, Callable[[Strike], None]] = {
-    "before_uploads": _strike_before(Runner, "_collect"),
+    "before_uploads": _strike_before(Transfer, "store_outputs"),
     "inside_upload": _strike_before(FolderStore, "_make_folder"),
-    "after_first_upload": _strike_after(Runner, "_upload"),
+    "after_first_upload": _strike_after(Transfer, "store_file"),
     "before_finish": _strike_before(results, "finish_step"),
     "inside_finish": _strike_before(results, "settle"),
     "after_finish": _strike_after(results, "finish_step"),

@@ -11,7 +11,7 @@ import pytest
 import redis
 from sqlalchemy import create_engine, insert, select
 
-from service.ledger.tables import Base
+from service.ledger.base import Base
 from tests.chaos.conftest import Fire
 from tests.kiln import check_published_once, check_store, find_processes, wait_for
 from tests.services import redis_url

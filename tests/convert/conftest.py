@@ -33,8 +33,17 @@ class Workshop:
         folder = self.folder / recipe
         if not folder.exists():
             folder.mkdir()
-            quantize.run({"recipe": recipe}, {"convert": self.convert}, folder, ignore)
+            self.quantize_anew(recipe, folder)
         return folder
+
+    def quantize_anew(
+        self, recipe: str, folder: Path, graph_dir: Path | None = None, upload: Path | None = None, **params: Any
+    ) -> dict[str, Any]:
+        """Quantize the graph, or another of this checkpoint, into `folder`; returns the figures."""
+        inputs = {"convert": graph_dir or self.convert, "checkpoint": self.checkpoint}
+        if upload is not None:
+            inputs["calibration"] = upload.parent
+        return quantize.run({"recipe": recipe, "context_length": CONTEXT_LENGTH, **params}, inputs, folder, ignore)
 
     def bundle(self, recipe: str, bundle_format: str) -> Path:
         """Return the bundle of a recipe's graph."""
@@ -50,7 +59,9 @@ class Workshop:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint with most of what a Llama may have: grouped heads, a head size of its own, llama3 rope."""
     rope = {**LLAMA3_ROPE_SCALING, "rope_theta": 20_000.0}
-    config = {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": rope}
+    # Rows in multiples of 128, so that every blockwise recipe applies.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    config = {**sizes, "tie_word_embeddings": True, "rope_parameters": rope}
     folder = tmp_path_factory.mktemp("tiny")
     return write_checkpoint(folder, config=config, seed=3, shard_size="50KB")
 

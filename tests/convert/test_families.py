@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families.cases import CASES, Case
 from workers.convert import architectures, reauthored
 from workers.fetch import plan
+from workers.verify.source import open_model, open_source
 
 CONTEXT_LENGTH = 128
 #: Largest difference of a logit, in parts of the logits' range; float32 rounding stays far below.
@@ -39,10 +40,7 @@ def compute_ours(checkpoint: Path, chunk: int = 64) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_theirs(checkpoint: Path) -> torch.Tensor:
-    # transformers 5.23 adds ALiBi twice where attention is eager; soft limits of scores it knows only there.
-    attention = "sdpa" if '"alibi": true' in (checkpoint / "config.json").read_text(encoding="utf-8") else "eager"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
-    logits: torch.Tensor = model(TOKENS.long()).logits
+    logits: torch.Tensor = open_model(checkpoint)(TOKENS.long()).logits
     return logits
 
 
@@ -65,7 +63,8 @@ def test_logits_equal_those_of_transformers(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_checkpoint_is_understood_before_anything_is_loaded(case: Case, tmp_path: Path) -> None:
     checkpoint = case.write(tmp_path / "c")
-    params = {"engines": ["auto"], "formats": ["litertlm", "tflite"], "context_length": CONTEXT_LENGTH}
+    asked = {"engines": ["auto"], "formats": ["litertlm", "tflite"], "context_length": CONTEXT_LENGTH}
+    params = {**asked, "ignore_custom_code": case.has_custom_code}
     facts = plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_config(config)
@@ -88,6 +87,23 @@ def test_a_gpt2_of_the_bare_model_needs_no_prefix(tmp_path: Path) -> None:
     params = {"engines": ["auto"], "formats": ["tflite"]}
     assert plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)["family"] == "gpt2"
     assert torch.equal(compute_ours(checkpoint), expected)
+
+
+def test_code_that_a_checkpoint_names_is_never_imported(tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.name == "falcon-7b")
+    checkpoint = case.write(tmp_path / "c")
+    (checkpoint / "own.py").write_text("raise AssertionError('imported')", encoding="utf-8")
+    custom = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Slow", "own.Fast"],
+    }
+    for name in ("config.json", "tokenizer_config.json"):
+        document = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        (checkpoint / name).write_text(json.dumps({**document, "auto_map": custom}), encoding="utf-8")
+    source = open_source(checkpoint)
+    assert type(source.model).__module__ == "transformers.models.falcon.modeling_falcon"
+    assert type(source.tokenizer).__module__.startswith("transformers.")
 
 
 def test_a_window_shows_in_the_logits(tmp_path: Path) -> None:

@@ -1,25 +1,38 @@
-"""A biased family and one with windows, converted and run; all others are converted by `tests/families`."""
+"""A biased family and one with windows, from checkpoint to judged bundles; `tests/families` converts all others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from tests.families.cases import find_case
-from tests.families.conversion import TOLERANCE, Conversion, convert_case
+from tests.families.conversion import fired_for_families, read_outcomes, submit
+from tests.kiln import Kiln
+
+CASES = ("qwen2", "gemma3")
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
-def conversion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
-    return convert_case(find_case(request.param), "reauthored", tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def kiln(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kiln]:
+    with fired_for_families(tmp_path_factory.mktemp("families")) as kiln:
+        yield kiln
 
 
-def test_the_graph_computes_what_transformers_computes(conversion: Conversion) -> None:
-    assert conversion.measure_parity() < TOLERANCE
+@pytest.fixture(scope="module")
+def jobs(kiln: Kiln) -> dict[str, str]:
+    """A job of each case; they run side by side."""
+    models = kiln.folder.parent / "models"
+    asked = {"engines": ("reauthored",), "recipes": ("none", "dynamic_int8")}
+    return {name: submit(kiln, find_case(name).write(models / name), find_case(name), **asked) for name in CASES}
 
 
-# The window of the second is 24 tokens: long before the second prompt's end, its first tokens are out of sight.
-@pytest.mark.parametrize("prompt_tokens", [12, 90])
-def test_the_runtime_says_what_transformers_says(conversion: Conversion, prompt_tokens: int) -> None:
-    text, expected = conversion.answer_in_runtime(prompt_tokens)
-    assert len(expected) > 20
-    assert text == expected
+@pytest.mark.parametrize("name", CASES)
+def test_every_gate_is_passed(name: str, kiln: Kiln, jobs: dict[str, str]) -> None:
+    job = kiln.client.wait(jobs[name])
+    outcomes = read_outcomes(find_case(name), job)
+    assert {each.recipe: each.state for each in outcomes} == {"none": "succeeded", "dynamic_int8": "succeeded"}, job
+    assert {each.engine for each in outcomes} == {"reauthored"}
+    assert outcomes[0].error_ratio is not None
+    # The gate allows a thousandth; every family measures a thousandth of that.
+    assert outcomes[0].error_ratio < 1e-5

@@ -33,10 +33,13 @@ def answers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def prove(
     workshop: Workshop, answers: Path, output_dir: Path, kind: str = "tflite", recipe: str = "none", **changed: Any
 ) -> dict[str, Any]:
-    """Verify one artifact of a workshop; `changed` overrides inputs (paths) and parameters."""
+    """Verify one artifact of a workshop; `changed` overrides inputs (paths) and parameters.
+
+    A bundle is verified in the folder in which the proof of its graph was left.
+    """
     inputs = {"reference": answers, "quantize": workshop.quantize(recipe)}
     if kind != "tflite":
-        inputs["bundle"] = workshop.bundle(recipe, kind).parent
+        inputs |= {"bundle": workshop.bundle(recipe, kind).parent, "verify_tflite": output_dir}
     inputs |= {name: changed.pop(name) for name in list(changed) if isinstance(changed[name], Path)}
     return verify.run({"format": kind, "recipe": recipe, **LENGTHS, **changed}, inputs, output_dir, ignore)
 
@@ -57,20 +60,24 @@ def test_artifacts_of_both_engines_pass_the_default_gates_in_all_formats(
     assert merged["parity"]["positions"] >= 64
     assert merged["context"] == {"stated_tokens": 256, "usable_tokens": 256, "unusable_tokens": 0}
     assert json.loads(json.dumps(merged, allow_nan=False)) == merged
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.json"]
 
 
 def test_inputs_are_left_as_they_were(reauthored_workshop: Workshop, answers: Path, tmp_path: Path) -> None:
     folder = reauthored_workshop.bundle("none", "litertlm").parent
     before = sorted(folder.iterdir())
+    prove(reauthored_workshop, answers, tmp_path)
     prove(reauthored_workshop, answers, tmp_path, "litertlm")
     assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", ["tflite", "litertlm"])
 def test_figures_are_the_same_twice(reauthored_workshop: Workshop, answers: Path, tmp_path: Path, kind: str) -> None:
+    prove(reauthored_workshop, answers, tmp_path, "tflite", "dynamic_int8")
+    left = (tmp_path / "graph.json").read_bytes()
     first, second = (prove(reauthored_workshop, answers, tmp_path, kind, "dynamic_int8") for _ in range(2))
     assert first == second
+    assert (tmp_path / "graph.json").read_bytes() == left
 
 
 def test_source_answers_the_same_bytes_twice(tiny_checkpoint: Path, answers: Path, tmp_path: Path) -> None:
@@ -88,7 +95,8 @@ def test_bundle_with_another_graph_is_not_verified(
     graph = bundle_reader.extract_graph(reauthored_workshop.bundle("none", kind), kind)
     content[content.index(graph[-4096:].tobytes()) + 4095] ^= 1
     path.write_bytes(content)
-    with pytest.raises(VerificationFailed, match="differs from the verified one at byte"):
+    prove(reauthored_workshop, answers, tmp_path)
+    with pytest.raises(VerificationFailed, match="not the one that was proven"):
         prove(reauthored_workshop, answers, tmp_path, kind, bundle=tmp_path)
 
 
@@ -96,8 +104,9 @@ def test_bundle_with_another_graph_is_not_verified(
 def test_bundle_of_another_recipe_is_not_verified(
     reauthored_workshop: Workshop, answers: Path, tmp_path: Path, kind: str
 ) -> None:
-    with pytest.raises(VerificationFailed, match="bytes, the verified one"):
-        prove(reauthored_workshop, answers, tmp_path, kind, quantize=reauthored_workshop.quantize("dynamic_int8"))
+    prove(reauthored_workshop, answers, tmp_path, "tflite", "dynamic_int8")
+    with pytest.raises(VerificationFailed, match="not the one that was proven"):
+        prove(reauthored_workshop, answers, tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", ["litertlm", "task"])
@@ -105,6 +114,7 @@ def test_bundle_that_is_none_is_not_verified(
     reauthored_workshop: Workshop, answers: Path, tmp_path: Path, kind: str
 ) -> None:
     (tmp_path / f"model.{kind}").write_bytes(b"not a bundle" * 100)
+    prove(reauthored_workshop, answers, tmp_path)
     with pytest.raises(VerificationFailed, match="cannot be read"):
         prove(reauthored_workshop, answers, tmp_path, kind, bundle=tmp_path)
 
@@ -118,6 +128,7 @@ def test_bundle_whose_context_is_shorter_than_stated_is_not_verified(
     graph = reauthored_workshop.quantize("none") / "model.tflite"
     carried = carry_as_is(reauthored_workshop.checkpoint)
     bundle.write_litertlm(tmp_path / "model.litertlm", graph, carried, metadata.SerializeToString())
+    prove(reauthored_workshop, answers, tmp_path)
     with pytest.raises(VerificationFailed, match=r"LiteRT-LM fails on model\.litertlm"):
         prove(reauthored_workshop, answers, tmp_path, "litertlm", bundle=tmp_path)
 

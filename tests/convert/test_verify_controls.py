@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from service import gates
 from service.recipes import RECIPES
 from tests.convert.conftest import CONTEXT_LENGTH, PREFILL_LENGTHS, Workshop, ignore, run_engine
-from workers.convert import bundle, bundle_reader, quantize
+from workers.convert import bundle, bundle_reader
 from workers.convert.tokenizer import carry_as_is
 from workers.verify import reference, verify
 
@@ -30,8 +30,10 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "addition"
 LAYERS = 3
-#: One recipe of every set of default limits; float16 has stricter ones than these lossy two.
-REPRESENTATIVES = ("none", "dynamic_int8", "dynamic_int4")
+#: One recipe of every set of default limits and way to compute; float16 has stricter limits than these lossy ones.
+REPRESENTATIVES = ("none", "dynamic_int8", "dynamic_int4", "dynamic_int4_block32", "mixed_int4", "static_int8")
+#: Its rows of 192 are no multiples of 128.
+FITTING = [name for name in RECIPES if name != "dynamic_int4_block128"]
 LENGTHS: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "prefill_lengths": list(PREFILL_LENGTHS)}
 
 
@@ -47,12 +49,19 @@ class Example:
     def measure(self, graph_dir: Path, recipe: str, reference_dir: Path | None = None) -> dict[str, Any]:
         """Verify a bare graph; returns merged figures."""
         inputs = {"reference": reference_dir or self.reference, "quantize": graph_dir}
-        figures = verify.run({"format": "tflite", "recipe": recipe, **LENGTHS}, inputs, graph_dir, ignore)
+        output_dir = self.workshop.folder / "proof"
+        output_dir.mkdir(exist_ok=True)
+        figures = verify.run({"format": "tflite", "recipe": recipe, **LENGTHS}, inputs, output_dir, ignore)
         return gates.merge_figures([figures])
 
     def measure_bundle(self, bundle_dir: Path, bundle_format: str) -> dict[str, Any]:
         """Verify the float graph and a bundle of it; returns merged figures."""
-        inputs = {"reference": self.reference, "quantize": self.workshop.quantize("none"), "bundle": bundle_dir}
+        inputs = {
+            "reference": self.reference,
+            "quantize": self.workshop.quantize("none"),
+            "bundle": bundle_dir,
+            "verify_tflite": bundle_dir,
+        }
         figures = [
             verify.run({"format": kind, "recipe": "none", **LENGTHS}, inputs, bundle_dir, ignore)
             for kind in ("tflite", bundle_format)
@@ -109,7 +118,7 @@ def zero_layer(content: bytes, example: Example, layer: int) -> bytes:
     return content
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FITTING)
 def test_sound_example_passes_under_every_recipe(example: Example, recipe: str) -> None:
     figures = example.measure(example.workshop.quantize(recipe), recipe)
     assert refused(recipe, figures) == set()
@@ -133,7 +142,7 @@ def test_damaged_layer_is_rejected_under_every_kind_of_limits(
     for recipe in REPRESENTATIVES:
         graph_dir = tmp_path / recipe
         graph_dir.mkdir()
-        quantize.run({"recipe": recipe}, {"convert": tmp_path}, graph_dir, ignore)
+        example.workshop.quantize_anew(recipe, graph_dir, tmp_path)
         assert refused(recipe, example.measure(graph_dir, recipe)), recipe
 
 
@@ -145,6 +154,14 @@ def test_wrong_rope_theta_is_rejected_under_every_kind_of_limits(example: Exampl
     answers = answer_source(checkpoint, tmp_path / "reference")
     for recipe in REPRESENTATIVES:
         assert refused(recipe, example.measure(example.workshop.quantize(recipe), recipe, answers)), recipe
+
+
+def test_ranges_of_another_text_are_rejected(example: Example, tmp_path: Path) -> None:
+    upload = tmp_path / "calibration" / "upload"
+    upload.parent.mkdir()
+    upload.write_text("What is the harbour like at noon? " * 20, encoding="utf-8")
+    example.workshop.quantize_anew("static_int8", tmp_path, upload=upload, calibration={"kind": "text"})
+    assert refused("static_int8", example.measure(tmp_path, "static_int8"))
 
 
 @pytest.mark.parametrize("bundle_format", ["litertlm", "task"])

@@ -1,122 +1,129 @@
-"""One small checkpoint converted by one engine, and held against transformers.
+"""Every case as a user would submit it: one job on a real kiln, with every step and every default gate.
 
-Owns the measuring: logits through the interpreter, greedy text through the runtime. Called by the conversions of
-this folder and, for the families that every run of the tests converts, by `tests/convert`.
+Owns what is asked of a case and what of the answer is kept. Called by the tests of this folder and, for the families
+that every run of the tests converts, by `tests/convert`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import litert_lm
-import numpy as np
-import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
-
+from service.recipes import RECIPES
+from service.settings import Settings
 from tests.families.cases import Case
-from workers.convert import bundle, convert
-from workers.verify import graph as graph_module
+from tests.kiln import Document, Kiln, fired_up
+from workers.convert.architectures import FAMILIES
 
 CONTEXT_LENGTH = 128
 PREFILL_LENGTHS = (16, 64)
-#: Tokens before the one whose logits are compared; the later ones reach over several chunks and beyond any window.
-PROMPT_LENGTHS = (0, 17, 80, CONTEXT_LENGTH - 1)
-#: Largest difference of a logit in parts of the logits' range.
-TOLERANCE = 1e-3
-
-#: Attention's caches, and the states of convolutions (`c`), which the proof's reader of graphs does not name.
-_STATE = re.compile(r"kv_cache_[kvc]_\d+")
-
-_SENTENCE = "The kiln is hot and the clay is wet 12+7=19. "
-
-
-def ignore(_message: str, _fraction: float | None = None) -> None:
-    """Take progress and say nothing."""
-
-
-def load_source(checkpoint: Path) -> Any:
-    """Return the checkpoint as transformers computes it in float32."""
-    # transformers 5.23 adds ALiBi twice where attention is eager; soft limits of scores it knows only there.
-    has_alibi = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("alibi")
-    attention = "sdpa" if has_alibi else "eager"
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
+#: Asked of every case.
+RECIPES_OF_ALL = ("none", "dynamic_int8", "weight_only_int8", "dynamic_int4")
+#: Cases that are asked for all other recipes too.
+CASES_OF_ALL_RECIPES = ("llama-3.2", "gemma3")
+#: Two conversions at a time, on as many cores; the rest as operators have it, for a test's kiln is impatient.
+_SETTINGS = {
+    "convert_slots": 2,
+    "light_slots": 2,
+    "benchmark_processes": 3,
+    **{name: Settings.model_fields[name].default for name in ("lease_s", "heartbeat_s", "sweep_s", "cancel_poll_s")},
+}
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """A converted checkpoint."""
+class Outcome:
+    """What became of one variant of a case: a recipe by an engine, in all formats."""
 
-    folder: Path
-    figures: dict[str, Any]
-    seconds: float
+    case: Case
+    engine: str
+    recipe: str
+    formats: tuple[str, ...]
+    #: `succeeded` or `refused`; everything else is a failure.
+    state: str
+    #: Largest error of a logit over the range of logits, and the mean KL divergence in nats; None where not measured.
+    error_ratio: float | None
+    kl_mean: float | None
+    #: The error of a variant that was not published.
+    error: Mapping[str, Any] | None
+    convert_s: float | None
+    convert_peak_anon_bytes: int | None
+    #: Of the `.litertlm`, if it was published.
+    size_bytes: int | None
+    #: Median tokens per second in the runtime, if they were measured.
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
 
     @property
-    def checkpoint(self) -> Path:
-        """The source's folder."""
-        return self.folder / "checkpoint"
+    def missed(self) -> list[Mapping[str, Any]]:
+        """Verdicts of the gates that refused it."""
+        return list((self.error or {}).get("details", {}).get("missed", []))
 
-    @cached_property
-    def source(self) -> Any:
-        """The source's model."""
-        return load_source(self.checkpoint)
-
-    def measure_parity(self) -> float:
-        """Return the largest difference of a logit of `decode`, in parts of the range of the source's logits."""
-        with mock.patch.object(graph_module, "_CACHE", _STATE):
-            return self._measure_parity()
-
-    def _measure_parity(self) -> float:
-        graph = graph_module.Graph(self.folder / "convert" / "model.tflite")
-        prompt = np.random.default_rng(5).integers(3, 512, CONTEXT_LENGTH).tolist()
-        with torch.no_grad():
-            expected = self.source(torch.tensor([prompt])).logits[0].numpy()
-        worst = 0.0
-        for length in PROMPT_LENGTHS:
-            graph.reset()
-            if length:
-                graph.prefill(prompt[:length])
-            worst = max(worst, float(np.abs(graph.decode(prompt[length], length) - expected[length]).max()))
-        return worst / float(expected.max() - expected.min())
-
-    def answer_in_runtime(self, prompt_tokens: int) -> tuple[str, str]:
-        """Return what LiteRT-LM and what transformers say after a prompt, up to the end of the context."""
-        output = self.folder / "bundle"
-        if not output.exists():
-            output.mkdir()
-            inputs = {"checkpoint": self.checkpoint, "quantize": self.folder / "convert"}
-            bundle.run({"format": "litertlm", "context_length": CONTEXT_LENGTH}, inputs, output, ignore)
-        # As it stands: for some families transformers puts its own splitting of words in place of the file's.
-        tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
-        prompt = tokenizer.decode(tokenizer.encode(_SENTENCE * 20, add_special_tokens=False).ids[: prompt_tokens - 1])
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        length = ids.shape[1]
-        room = CONTEXT_LENGTH - length
-        generated = self.source.generate(
-            input_ids=ids, max_new_tokens=room, do_sample=False, pad_token_id=0, eos_token_id=2
-        )[0][length:].tolist()
-        expected = generated[: generated.index(2)] if 2 in generated else generated
-        litert_lm.set_min_log_severity(litert_lm.LogSeverity.FATAL)
-        with litert_lm.Engine(str(output / "model.litertlm"), cache_dir=":nocache") as engine:
-            with engine.create_session(apply_prompt_template=False, max_output_tokens=room) as session:
-                session.run_prefill([prompt])
-                text: str = session.run_decode().texts[0]
-            return text, engine.detokenize(expected)
+    def describe(self) -> str:
+        """Return what a failing test shows."""
+        return f"{self.case.name} {self.engine} {self.recipe}: {self.state}: {self.error}"
 
 
-def convert_case(case: Case, engine: str, folder: Path) -> Conversion:
-    """Write and convert a checkpoint into `folder`."""
-    checkpoint = case.write(folder / "checkpoint")
-    output = folder / "convert"
-    output.mkdir()
-    params = {"engine": engine, "prefill_lengths": list(PREFILL_LENGTHS), "context_length": CONTEXT_LENGTH}
-    start_s = time.monotonic()
-    figures = convert.run(params, {"checkpoint": checkpoint}, output, ignore)
-    return Conversion(folder, figures, time.monotonic() - start_s)
+@contextmanager
+def fired_for_families(folder: Path) -> Iterator[Kiln]:
+    """Yield a running kiln that reads checkpoints below `folder / "models"`."""
+    (folder / "models").mkdir(parents=True)
+    with fired_up(folder / "kiln", folder / "models", **_SETTINGS) as kiln:
+        yield kiln
+
+
+def list_formats(case: Case) -> tuple[str, ...]:
+    """Return the formats that the case's tokenizer can have: pieces with scores cannot be rebuilt as SentencePiece."""
+    return ("tflite", "litertlm") if case.tokenizer == "unigram" else ("tflite", "litertlm", "task")
+
+
+def list_recipes(case: Case) -> list[tuple[str, ...]]:
+    """Return the recipes of each job of a case; a recipe that not all are asked for has a job of its own."""
+    others = [name for name in RECIPES if name not in RECIPES_OF_ALL] if case.name in CASES_OF_ALL_RECIPES else []
+    return [RECIPES_OF_ALL, *((name,) for name in others)]
+
+
+def submit(kiln: Kiln, checkpoint: Path, case: Case, recipes: tuple[str, ...], **fields: Any) -> str:
+    """Submit one job for a case that was written to `checkpoint`; return its id."""
+    asked: dict[str, Any] = {
+        "engines": FAMILIES[case.architecture].engines,
+        "recipes": recipes,
+        "formats": list_formats(case),
+        "context_length": CONTEXT_LENGTH,
+        "prefill_lengths": PREFILL_LENGTHS,
+        "ignore_custom_code": case.has_custom_code,
+    }
+    return kiln.submit(checkpoint, **{**asked, **fields})
+
+
+def read_outcomes(case: Case, job: Document) -> list[Outcome]:
+    """Return what became of each variant of a job."""
+    outcomes = []
+    for variant in job["variants"]:
+        convert = next(
+            (step for step in job["steps"] if step["kind"] == "convert" and variant["name"] in step["variants"]), {}
+        )
+        parity = variant["parity"] or {}
+        sizes = [each["size_bytes"] for each in variant["artifacts"] if each["kind"] == "litertlm"]
+        measured = next((each for each in variant["measurements"] if each["format"] == "litertlm"), {})
+        speeds = [(measured.get(f"{name}_tokens_per_s") or {}).get("median") for name in ("prefill", "decode")]
+        outcomes.append(
+            Outcome(
+                case=case,
+                engine=variant["engine"],
+                recipe=variant["recipe"],
+                formats=list_formats(case),
+                state=variant["state"],
+                error_ratio=parity.get("max_abs_error_ratio"),
+                kl_mean=parity.get("kl_mean"),
+                error=variant["error"],
+                convert_s=convert.get("duration_s"),
+                convert_peak_anon_bytes=convert.get("peak_anon_bytes"),
+                size_bytes=sizes[0] if sizes else None,
+                prefill_tokens_per_s=speeds[0],
+                decode_tokens_per_s=speeds[1],
+            )
+        )
+    return outcomes

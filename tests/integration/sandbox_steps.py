@@ -89,6 +89,19 @@ def eat_memory(params: Params, inputs: Inputs, output_dir: Path, progress: Progr
     return {}
 
 
+def share_memory(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """Hold `mib` MiB, share them with two forked processes, and let each of those make `own_mib` of its own."""
+    held = bytearray(b"x" * (params["mib"] << 20))
+    pids = []
+    for _ in range(2):
+        if (pid := os.fork()) == 0:
+            own = bytearray(b"x" * (params["own_mib"] << 20))
+            time.sleep(params["seconds"])
+            os._exit(len(own) + len(held) == 0)
+        pids.append(pid)
+    return {"statuses": [os.waitpid(pid, 0)[1] for pid in pids]}
+
+
 def hang(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Start a grandchild, one that hides in a session of its own, and wait for ever."""
     sleeper = "import time; time.sleep(3600)"

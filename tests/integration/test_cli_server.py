@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,14 +76,61 @@ def test_submit_once_with_an_idempotency_key(world: World, run: Run) -> None:
     assert len(ids) == 1
 
 
+WEIGHTS = '{"num_bits":8,"granularity":"CHANNELWISE"}'
+CONFIG = f'{{"weight_tensor_config":{WEIGHTS},"compute_precision":"INTEGER"}}'
+OWN = f'[{{"regex":".*","operation":"FULLY_CONNECTED","op_config":{CONFIG}}}]'
+
+
+def test_files_are_uploaded_and_named_by_digest(run: Run, world: World, tmp_path: Path) -> None:
+    text, prompts, recipe = tmp_path / "text.txt", tmp_path / "prompts.txt", tmp_path / "small.json"
+    text.write_text("Räder rollen.\r\n", newline="")
+    prompts.write_text("one\ntwo\n")
+    recipe.write_text(OWN)
+    given = ["--evaluation", text, "--calibration-prompts", prompts, "--recipe-file", recipe, "--recipe", "none"]
+    submitted = run("submit", world.models / "tiny", *given, "--json")
+    assert submitted.exit_code == 0, submitted.output
+    request = json.loads(submitted.stdout)["request"]
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert request["evaluation"] == digest
+    assert request["calibration"] == {"kind": "prompts", "upload": hashlib.sha256(b"one\ntwo\n").hexdigest()}
+    assert request["recipes"] == ["none", "small"]
+    with world.store.open(blob_key(digest)) as chunks:
+        assert b"".join(chunks) == text.read_bytes()
+    again = ["--evaluation", f"sha256:{digest}", "--recipe-file", f"small={OWN}"]
+    repeated = run("submit", world.models / "tiny", *again, "--json")
+    assert repeated.exit_code == 0, repeated.output
+    assert json.loads(repeated.stdout)["request"]["own_recipes"] == request["own_recipes"]
+    unknown = run("submit", world.models / "tiny", "--evaluation", f"sha256:{'0' * 64}")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert unknown.stderr.startswith("upload_not_found: ")
+
+
+@pytest.mark.parametrize("command", ["logs", "download"], ids=["much", "little"])
+def test_a_reader_that_has_gone_is_left_in_peace(world: World, url: str, tmp_path: Path, command: str) -> None:
+    with Client(url) as kiln:
+        job_id = kiln.submit(source=world.source)["id"]
+    world.play().run_all()
+    program = [sys.executable, "-m", "service.cli", command, job_id, "--url", url]
+    arguments = [*program, "-o", str(tmp_path / "out")] if command == "download" else program
+    # Output that is held back until the end is where it goes wrong.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_submit_and_wait_shows_progress_then_the_table(world: World, run: Run, play_along: threading.Event) -> None:
     play_along.set()
     result = run("submit", world.source["path"], "--recipe", "none", "--format", "tflite", "--format", "task", "--wait")
     assert result.exit_code == 0
     assert "convert: done in" in result.stderr
     assert "variant none: succeeded" in result.stderr
-    assert "tiny-none.task" in result.stdout
-    assert "100.0% → 50.0%" in result.stdout
+    assert ["none", "succeeded", "task"] in [line.split()[:3] for line in result.stdout.splitlines()]
+    assert "50.0%" in result.stdout
+    assert "Exact match of the source: 100.0%." in result.stderr
     again = run("submit", world.source["path"], "--recipe", "none", "--wait", "--json")
     assert json.loads(again.stdout)["state"] == "succeeded"
     assert "convert: reused" in again.stderr
@@ -215,3 +266,25 @@ def test_a_folder_that_the_server_may_not_read_is_a_usage_error(run: Run, tmp_pa
     assert result.exit_code == 2
     assert "folder_not_allowed" in result.stderr
     assert "--source-root" in result.stderr
+
+
+def test_gc_says_what_would_go_then_condemns_it(
+    world: World, url: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(url) as kiln:
+        job_id = kiln.submit(source=world.source)["id"]
+    world.play().run_all()
+    before = sorted(found.key for found in world.store.list())
+    nothing = json.loads(run("gc", "--data-dir", world.settings.data_dir, "--json").stdout)
+    assert nothing["findings"] == [], "used a moment ago"
+    monkeypatch.setenv("EDGEKILN_KEEP_INTERMEDIATES_S", "0")
+    promised = json.loads(run("gc", "--data-dir", world.settings.data_dir, "--dry-run", "--json").stdout)
+    shown = run("gc", "--data-dir", world.settings.data_dir)
+    assert promised["condemned_bytes"] > 0
+    assert promised["deleted_bytes"] == 0
+    assert "output of convert, not used for 0 seconds" in " ".join(shown.stdout.split())
+    assert "0 B freed" in shown.stderr
+    again = json.loads(run("gc", "--data-dir", world.settings.data_dir, "--json").stdout)
+    assert again["findings"] == [], "condemned once, and not yet to be deleted"
+    assert sorted(found.key for found in world.store.list()) == before
+    assert run("download", job_id, "-o", world.folder / "out").exit_code == 0

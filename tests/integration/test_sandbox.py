@@ -217,6 +217,14 @@ def test_memory_below_the_limit_is_measured(run: Run) -> None:
     assert 96 * MIB < result.peak_anon_bytes < 300 * MIB
 
 
+def test_memory_that_forked_processes_share_counts_once(run: Run) -> None:
+    result = run("share_memory", {"mib": 256, "own_mib": 32, "seconds": 1.5})
+    assert result.error is None
+    assert result.peak_anon_bytes is not None
+    # Counted in each of the three processes it would be 832 MiB.
+    assert (256 + 2 * 32) * MIB < result.peak_anon_bytes < 600 * MIB
+
+
 def test_deadline_ends_the_run(run: Run) -> None:
     watched = Watched()
     result = run(
@@ -231,7 +239,7 @@ def test_deadline_ends_the_run(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "code"),
-    [(StopReason.CANCELLED, "cancelled"), (StopReason.LEASE_LOST, "lease_lost"), (StopReason.SHUTDOWN, "cancelled")],
+    [(StopReason.LEASE_LOST, "lease_lost"), (StopReason.SHUTDOWN, "cancelled")],
 )
 def test_stop_kills_child_and_grandchildren(run: Run, reason: StopReason, code: str) -> None:
     watched = Watched()
@@ -406,8 +414,8 @@ def test_zygote_death_spares_its_runs_and_the_next_run_gets_another(tmp_path: Pa
                 poll_s=0.05,
             )
 
-        result = run("hang", {}, lambda: StopReason.CANCELLED if first_pid else None)
-        assert result.stopped is StopReason.CANCELLED
+        result = run("hang", {}, lambda: StopReason.LEASE_LOST if first_pid else None)
+        assert result.stopped is StopReason.LEASE_LOST
         assert watched.all_end(timeout_s=0)
         again = run("succeed", {"numbers": [4]}, lambda: None)
         assert again.error is None

@@ -59,7 +59,8 @@ from service.ledger.database import Database
 from service.ledger.keys import Toolchain
 from service.settings import load_settings
 database = Database(load_settings().ledger_url)
-fleet.register_worker(database, "host", cores=1, memory_bytes=1, slots={}, toolchain=Toolchain({}, {}), isolation={})
+facts = {"cores": 1, "memory_bytes": 1, "memory_limit_bytes": 1, "slots": {}, "isolation": {}}
+fleet.register_worker(database, "host", toolchain=Toolchain({}, {}), **facts)
 threading.Event().wait()
 """
 #: A program that supervises the stand-ins until it is told to end, as `edgekiln up` does.

@@ -17,7 +17,7 @@ from service.commands.progress import ProgressView
 from service.commands.report import exit_code, print_outcome
 
 COMMANDS = ("convert", "run", "up", "submit", "jobs", "job", "cancel", "retry", "logs", "download", "recipes")
-COMMANDS += ("migrate", "version", "keys")
+COMMANDS += ("compare", "pick", "gc", "migrate", "version", "keys")
 
 
 @pytest.fixture
@@ -77,6 +77,63 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert words in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "words"),
+    [
+        ("--calibration", None, "No such file"),
+        ("--calibration", b"", "the file is empty"),
+        ("--evaluation", b" \n", "the file is empty"),
+        ("--perplexity-text", b"\xff\xfe", "not UTF-8 text, at byte 0"),
+        ("--recipe-file", b"[{", "not JSON"),
+        ("--recipe-file", b"{}", "own_recipes.mine"),
+        ("--recipe-file", b"[{}]", "recipe_invalid"),
+        ("--recipe-file", b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(
+    run: Any, tmp_path: Path, option: str, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_bytes(content)
+    result = run("convert", "owner/name", "-o", str(tmp_path / "out"), option, str(file))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+
+
+def test_calibration_is_text_or_prompts_but_not_both(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("x")
+    given = ["--calibration", str(file), "--calibration-prompts", str(file)]
+    result = run("convert", "owner/name", "-o", str(tmp_path / "out"), *given)
+    assert result.exit_code == 2
+    assert "either --calibration or --calibration-prompts" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--recipe", "dynamic-int8"], "unknown_name", "Did you mean 'dynamic_int8'?"),
+        (["--colour"], "invalid_request", "No such option"),
+        (["--context", "many"], "invalid_request", "Invalid value for '--context'"),
+    ],
+)
+def test_a_failure_is_a_problem_document_for_programs(
+    run: Any, tmp_path: Path, arguments: list[str], code: str, words: str
+) -> None:
+    result = run("convert", "owner/name", "-o", str(tmp_path / "out"), "--json", *arguments)
+    problem = json.loads(result.stdout)
+    assert (result.exit_code, problem["code"], problem["type"]) == (2, code, f"urn:edgekiln:error:{code}")
+    assert words in problem["detail"]
+    assert words in result.stderr
+
+
+def test_a_bug_is_a_problem_document_for_programs(run: Any, tmp_path: Path) -> None:
+    arguments = ["convert", "owner/name", "-o", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
+    result = run(*arguments, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["code"]) == (1, "internal_error")
 
 
 def test_a_source_that_is_nowhere_is_refused(run: Any, tmp_path: Path) -> None:
@@ -176,7 +233,7 @@ def make_job(**fields: Any) -> dict[str, Any]:
     }
     artifacts = [
         {"name": "tiny-none.task", "kind": "task", "size_bytes": 5_100_000, "path": "out/tiny-none.task"},
-        {"name": "tiny-none.tflite", "kind": "tflite", "size_bytes": 900},
+        {"name": "tiny-none.tflite", "kind": "tflite", "size_bytes": 900, "path": "out/tiny-none.tflite"},
     ]
     proven = {
         "name": "none",
@@ -206,14 +263,34 @@ def test_the_table_holds_every_figure_and_no_invented_one(capsys: pytest.Capture
     print_outcome(make_job())
     shown = capsys.readouterr()
     rows = [" ".join(line.split()) for line in shown.out.splitlines()]
-    assert "none succeeded reauthored task 5.1 MB 4e-05 - 100.0% → 75.0% 17,333 2,402 out/tiny-none.task" in rows
-    assert "none succeeded reauthored tflite 900 B 4e-05 - 100.0% → 100.0% - - tiny-none.tflite" in rows
-    assert "dynamic_int4 refused traced - - 0.25 0.5 - - - gate_refused" in rows
+    assert "none succeeded task 5.1 MB 4e-05 - 75.0% 17,333 2,402" in rows
+    assert "none succeeded tflite 900 B 4e-05 - 100.0% - -" in rows
+    assert "dynamic_int4 refused - - 0.25 0.5 - - -" in rows
     assert shown.err.splitlines() == [
+        "Engine: reauthored, traced.",
+        "Exact match of the source: 100.0%.",
+        "Files: 2 in out.",
         "dynamic_int4 refused: gate_refused: KL is too large.",
         "benchmark failed: gate_refused: 0 tokens/s.",
         "Job job_1: partial. 1 of 3 steps were reused from earlier work.",
     ]
+
+
+def test_a_refusal_is_told_by_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job()
+    verdict = {"gate": "max_size_bytes", "figure_name": "size_bytes", "bound": "at_most", "passed": False}
+    job["variants"][1]["error"]["details"] = {
+        "missed": [
+            {**verdict, "figure": 5_100_000.0, "threshold": 2e6},
+            {**verdict, "figure": 2_000_001.0, "threshold": 2e6},
+            {**verdict, "gate": "lossy_kl", "figure_name": "parity.kl_mean", "figure": 0.5, "threshold": 0.2},
+            {**verdict, "gate": "max_ttft_s", "figure_name": "benchmark.ttft_s", "figure": None, "threshold": 0.2},
+        ]
+    }
+    print_outcome(job)
+    told = "max_size_bytes: 5.1 MB, at most 2.0 MB; max_size_bytes: 2,000,001, at most 2,000,000"
+    told += "; lossy_kl: 0.5, at most 0.2; max_ttft_s: not measured, at most 200 ms"
+    assert f"dynamic_int4 refused: {told}" in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(("state", "code"), [("succeeded", 0), ("partial", 1), ("failed", 1), ("cancelled", 1)])

@@ -24,12 +24,22 @@ FLOAT: dict[str, Any] = {
         "kl_mean": 1e-12,
         "kl_max": 1e-11,
     },
-    "quality": {"perplexity": 8.0, "exact_match": 0.99, "source_exact_match": 0.99, "exact_match_drop": 0.0},
+    "quality": {
+        "perplexity": 8.0,
+        "text_perplexity": 9.0,
+        "perplexity_increase": 0.0,
+        "exact_match": 0.99,
+        "source_exact_match": 0.99,
+        "exact_match_drop": 0.0,
+    },
     "generation": {"match_ratio": 1.0, "stops_missed": 0},
     "graph_generation": {"match_ratio": 1.0, "stops_missed": 0},
     "stop_tokens": {"missing": 0},
     "tokenizer": {"mismatch_ratio": 0.0},
     "context": {"usable_tokens": 256, "unusable_tokens": 0},
+    "graph_scoring": {"max_loss_error": 1e-7, "windows": 1},
+    "conversation": {"samples": 6, "match_ratio": 1.0, "misrendered": 0, "misread": 0},
+    "conversation_generation": {"match_ratio": 1.0, "stops_missed": 0},
 }
 
 
@@ -45,6 +55,10 @@ def change(figures: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     else:
         target[leaf] = value
     return changed
+
+
+def dict_of_defaults(recipe: str) -> dict[str, float]:
+    return {gate.name: threshold for gate, threshold in gates.select_defaults(recipe, FLOAT)}
 
 
 def refused(recipe: str, figures: dict[str, Any], user_gates: dict[str, float] | None = None) -> set[str]:
@@ -68,6 +82,9 @@ def test_sound_figures_pass_every_default_gate(recipe: str) -> None:
         ("stop_tokens.missing", 1, "stop_declared"),
         ("graph_generation.match_ratio", 0.9, "runtime_match"),
         ("graph_generation.stops_missed", 1, "runtime_stops"),
+        ("graph_scoring.max_loss_error", 0.02, "runtime_scores"),
+        ("conversation.misrendered", 1, "conversation_rendered"),
+        ("conversation_generation.stops_missed", 1, "conversation_stops"),
         ("context.unusable_tokens", 1, "usable_context"),
     ],
 )
@@ -124,7 +141,10 @@ def test_source_without_evaluation_is_not_asked_for_exact_match() -> None:
 
 def test_bare_graph_is_not_asked_for_what_only_a_bundle_shows() -> None:
     bare = {**FLOAT, "formats": ["tflite"]}
-    for section in ("graph_generation", "stop_tokens", "tokenizer"):
+    for section in (
+        *("graph_generation", "stop_tokens", "tokenizer"),
+        *("graph_scoring", "conversation", "conversation_generation"),
+    ):
         bare.pop(section)
     assert refused("none", bare) == set()
     assert refused("none", {**bare, "formats": ["task", "tflite"]}) == {
@@ -148,11 +168,39 @@ def test_user_gate_passes_at_its_threshold_and_refuses_beyond_it_or_without_a_fi
     assert name in refused("none", change(figures, gate.figure_name, None), {name: figure})
 
 
+@pytest.mark.parametrize("name", gates.OVERRIDABLE)
+def test_a_request_sets_the_threshold_of_a_lossy_gate_and_the_verdict_says_so(name: str) -> None:
+    gate = gates.OVERRIDABLE[name]
+    at_most = gate.bound == "at_most"
+    broken = change(FLOAT, gate.figure_name, 0.5)
+    assert refused("dynamic_int8", broken) == {name}
+    assert refused("dynamic_int8", broken, {name: 0.6 if at_most else 0.4}) == set()
+    verdicts = {each.gate: each for each in gates.judge("dynamic_int8", broken, {name: 0.6 if at_most else 0.4})}
+    assert verdicts[name].to_json()["overridden"] == dict_of_defaults("dynamic_int8")[name]
+    assert [each.gate for each in verdicts.values() if each.overridden is not None] == [name]
+    assert refused("dynamic_int8", FLOAT, {name: -1.0 if at_most else 1.1}) == {name}
+    assert refused("none", broken, {name: 0.6}) == refused("none", broken)
+
+
+@pytest.mark.parametrize("name", ["usable_context", "float_error", "stop_declared", "runtime_match", "runtime_scores"])
+def test_no_request_sets_a_gate_that_guards_the_truth(name: str) -> None:
+    with pytest.raises(UnknownName, match="guards"):
+        gates.judge("none", FLOAT, {name: 0.5})
+
+
+def test_a_source_without_a_template_or_another_tokenizer_is_not_asked_for_what_cannot_be_shown() -> None:
+    bare = {name: value for name, value in FLOAT.items() if not name.startswith("conversation")}
+    assert refused("none", bare) == set()
+    assert refused("none", bare, {"min_conversation_match": 1.0}) == {"min_conversation_match"}
+    del bare["graph_scoring"]
+    assert refused("none", bare) == set()
+
+
 def test_unknown_gate_and_recipe_offer_the_nearest_name() -> None:
     with pytest.raises(UnknownName, match="max_kl"):
         gates.judge("none", FLOAT, {"max-kl": 0.1})
     with pytest.raises(UnknownName, match="dynamic_int8"):
-        gates.judge("dynamic_int9", FLOAT)
+        gates.judge("dynamic-int8", FLOAT)
 
 
 def test_only_gates_on_measurements_need_a_benchmark() -> None:

@@ -1,4 +1,4 @@
-"""Sources as people write them."""
+"""Sources as people write them, and recipes of their own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import SourceNotFound
-from service.requests import FolderSource, HubSource, parse_source
+from service.errors import InvalidRequest, SourceNotFound
+from service.requests import FolderSource, HubSource, parse_request, parse_source
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +38,36 @@ def test_a_mistyped_folder_never_goes_to_the_hub(text: str, tmp_path: Path) -> N
 )
 def test_what_can_only_be_a_repository_is_one(text: str, source: HubSource) -> None:
     assert parse_source(text) == source
+
+
+WEIGHTS = {"num_bits": 8, "granularity": "CHANNELWISE"}
+ENTRIES = [
+    {
+        "regex": ".*",
+        "operation": "FULLY_CONNECTED",
+        "op_config": {"weight_tensor_config": WEIGHTS, "compute_precision": "INTEGER"},
+    }
+]
+
+
+def test_a_recipe_of_ones_own_is_named_like_any_other() -> None:
+    document = {"source": {"kind": "hub", "repo": "a/b"}, "recipes": ["none", "mine"], "own_recipes": {"mine": ENTRIES}}
+    request = parse_request(document)
+    assert list(request.variant_names) == ["none", "mine"]
+    assert parse_request(request.to_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"recipes": ["mine"]}, "Unknown recipe 'mine'"),
+        ({"own_recipes": {"mine": ENTRIES}}, "recipes does not name"),
+        ({"recipes": ["none"], "own_recipes": {"none": ENTRIES}}, "'none' cannot name"),
+        ({"recipes": ["Mine"], "own_recipes": {"Mine": ENTRIES}}, "'Mine' cannot name"),
+        ({"recipes": ["mine"], "own_recipes": {"mine": []}}, "mine"),
+        ({"recipes": ["mine"], "own_recipes": {"mine": "int8"}}, "own_recipes"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        parse_request({"source": {"kind": "hub", "repo": "a/b"}, **fields})

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from service.errors import LedgerBusy, SourceNotFound, StepCancelled, StoreUnavailable
-from service.ledger import claims, jobs, results, views
-from service.ledger.database import Database
-from service.ledger.tables import Step
+from service.ledger import claims, jobs, results, uploads, views
+from service.ledger.blobs import OutputFile
+from service.ledger.clock import now
+from service.ledger.database import Database, Transaction
+from service.ledger.tables import Blob, Step
 from service.settings import load_settings
+from service.storage import blob_key, digest_bytes
 from service.storage.folder import FolderStore
 from tests.ledger_play import TENANT, TOOLCHAIN, Play
-from workers import runner as module
+from workers import runner as runner_module
+from workers import transfer
 from workers.process import identify_host
 from workers.runner import Runner
 from workers.sandbox import ChildResult, Sandbox, StopReason
@@ -39,7 +43,7 @@ class PlayedSandbox(Sandbox):
     def run(self, target: str, params: Any, inputs: Any, step_dir: Path, **options: Any) -> ChildResult:
         (step_dir / "output").mkdir(parents=True)
         (step_dir / "log.txt").write_text("last words\n")
-        return self._act(step_dir=step_dir, params=params, **options)
+        return self._act(step_dir=step_dir, params=params, inputs=inputs, **options)
 
 
 def ended(step_dir: Path, **how: Any) -> ChildResult:
@@ -66,10 +70,10 @@ class FlakyStore(FolderStore):
         super().__init__(root)
         self.is_away: Callable[[], bool] = lambda: False
 
-    def put_file(self, key: str, path: Path, sha256: str) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
         if self.is_away():
             raise StoreUnavailable("The store does not answer.")
-        return super().put_file(key, path, sha256)
+        return super().put_file(key, path, sha256, is_final=is_final)
 
 
 class Bench:
@@ -140,8 +144,9 @@ def make_two_outputs(step_dir: Path, **_: Any) -> ChildResult:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pauses between uploads are short."""
-    monkeypatch.setattr(module, "_FIRST_STORE_PAUSE_S", 0.001)
+    """The pauses between tries are short."""
+    monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(runner_module, "_LEDGER_PAUSE_S", 0.001)
 
 
 def test_a_shutdown_gives_the_step_back_though_the_store_is_away(bench: Bench) -> None:
@@ -175,7 +180,7 @@ def test_a_finished_step_waits_for_a_store_that_comes_back(bench: Bench) -> None
 
 @pytest.mark.usefixtures("hasty")
 def test_a_store_that_stays_away_fails_the_step_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STORE_PATIENCE_S", 0.05)
+    monkeypatch.setattr(transfer, "_PATIENCE_S", 0.05)
     bench.store.is_away = lambda: True
     assert bench.make_runner(make_two_outputs, max_failures=1).run_next("fetch")
     assert bench.step()["error"]["code"] == "store_unavailable"
@@ -206,18 +211,85 @@ def test_waiting_for_the_store_ends_when_the_job_is_cancelled(bench: Bench) -> N
     assert bench.step()["state"] == "cancelled"
 
 
-def test_a_ledger_that_is_busy_fails_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_the_sweep_has_taken_is_uploaded_again(bench: Bench) -> None:
+    digests = [digest_bytes(b"a"), digest_bytes(b"b")]
+
+    def take_both(tx: Transaction) -> None:
+        for digest, swept_at in zip(digests, (None, now()), strict=True):
+            values = {"digest": digest, "size_bytes": 1, "created_at": now(), "condemned_at": now()}
+            tx.connection.execute(insert(Blob).values(**values, swept_at=swept_at))
+
+    bench.play.database.write(take_both)
+    assert bench.make_runner(make_two_outputs, max_failures=1).run_next("fetch")
+    assert bench.step()["state"] == "succeeded", bench.step()
+    statement = select(Blob.digest).where(Blob.digest.in_(digests), Blob.condemned_at.is_(None))
+    kept = bench.play.database.read(lambda connection: connection.execute(statement).scalars().all())
+    assert sorted(kept) == sorted(digests)
+    for digest in digests:
+        assert bench.store.stat(blob_key(digest)).size_bytes == 1
+
+
+def test_uploads_are_placed_beside_the_inputs(bench: Bench) -> None:
+    data = b"two words"
+    file = OutputFile("upload", digest_bytes(data), len(data))
+    bench.store.put_bytes(blob_key(file.digest), data)
+    uploads.enter_upload(bench.play.database, TENANT, file, None)
+    seen = {}
+
+    def act(step_dir: Path, params: dict[str, Any], inputs: dict[str, Path], **_: Any) -> ChildResult:
+        seen.update({name: (inputs[name] / "upload").read_bytes() for name in params.get("uploads", {})})
+        return ended(step_dir, figures={})
+
+    runner = bench.make_runner(act, max_failures=1)
+
+    def run_reference(path: str) -> dict[str, Any]:
+        job_id = bench.play.submit(path, evaluation=file.digest)
+        for resource_class in ("fetch", "fetch", "light"):
+            claim = bench.play.claim(resource_class)
+            assert claim is not None
+            bench.play.finish(claim, outputs=[])
+        assert runner.run_next("light")
+        return next(step for step in bench.play.job(job_id)["steps"] if step["kind"] == "reference")
+
+    jobs.cancel_job(bench.play.database, TENANT, bench.job_id)
+    assert run_reference("/other")["state"] == "succeeded"
+    assert seen == {"evaluation": data}
+    bench.store.delete(blob_key(file.digest))
+    lost = run_reference("/third")
+    assert (lost["state"], lost["error"]["code"]) == ("failed", "blob_missing")
+    assert "Upload the file again" in lost["error"]["message"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_finished_step_waits_for_a_ledger_that_comes_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish_step = results.finish_step
+    tries = iter([True, True])
+
+    def finish(*arguments: Any) -> None:
+        if next(tries, False):
+            raise LedgerBusy("Every connection is in use.")
+        finish_step(*arguments)
+
+    monkeypatch.setattr(results, "finish_step", finish)
+    assert bench.make_runner(make_two_outputs, max_failures=1).run_next("fetch")
+    assert bench.step()["state"] == "succeeded"
+    assert bench.logs() == [("succeeded", True)]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_ledger_that_stays_busy_fails_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def be_busy(*_: Any) -> None:
         raise LedgerBusy("Every connection is in use.")
 
-    monkeypatch.setattr(claims, "report_progress", be_busy)
+    for name in ("report_progress", "is_held", "extend_lease"):
+        monkeypatch.setattr(claims, name, be_busy)
     monkeypatch.setattr(results, "finish_step", be_busy)
 
     def act(step_dir: Path, on_progress: Callable[[str, float], None], **_: Any) -> ChildResult:
         on_progress("hashing", 0.1)
         return ended(step_dir)
 
-    assert bench.make_runner(act).run_next("fetch")
+    assert bench.make_runner(act, lease_s=0.5, heartbeat_s=0.1, cancel_poll_s=0.05).run_next("fetch")
     assert bench.step()["state"] == "running", "its lease runs out, and it is taken up again"
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from service.ledger.keys import Toolchain, canonical_json, step_key
 from service.ledger.plan import RESOURCE_CLASSES, SHARED_KINDS, StepSpec, expand_planned, expand_resolved
+from service.recipes import parse_own_recipe
 from service.requests import JobRequest, parse_request
 
 FACTS = {
@@ -64,11 +65,70 @@ def test_the_graph_is_proven_even_when_only_a_bundle_is_asked_for() -> None:
     assert "artifact_tflite" not in specs["publish:none"].inputs
 
 
+def test_a_bundle_is_held_to_what_the_proof_of_its_graph_left() -> None:
+    specs = expand(recipes=["none"], formats=["tflite", "litertlm"])
+    assert set(specs["verify:reauthored:none:tflite"].inputs) == {"reference", "quantize"}
+    assert specs["verify:reauthored:none:litertlm"].inputs == {
+        "reference": "reference",
+        "bundle": "bundle:reauthored:none:litertlm",
+        "verify_tflite": "verify:reauthored:none:tflite",
+    }
+
+
 def test_a_publication_waits_for_a_benchmark_only_when_a_gate_names_its_figure() -> None:
     fields: dict[str, Any] = {"recipes": ["none"], "formats": ["litertlm"], "devices": ["host"]}
     assert not [name for name in expand(**fields)["publish:none"].inputs if name.startswith("benchmark")]
     gated = expand(**fields, gates={"min_decode_tokens_per_s": 5})
     assert "benchmark_host_litertlm" in gated["publish:none"].inputs
+
+
+def own(**config: Any) -> list[dict[str, Any]]:
+    config = {"weight_tensor_config": {"num_bits": 8}, "compute_precision": "INTEGER", **config}
+    return parse_own_recipe("mine", [{"regex": ".*", "operation": "FULLY_CONNECTED", "op_config": config}])
+
+
+STATIC = own(activation_tensor_config={"num_bits": 8, "symmetric": False})
+DYNAMIC = own()
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+def test_uploads_reach_the_steps_that_read_them_and_no_others() -> None:
+    fields = {"evaluation": A, "perplexity_text": B, "calibration": {"kind": "prompts", "upload": C}}
+    specs = expand(recipes=["none", "mine"], own_recipes={"mine": STATIC}, **fields)
+    uploads = {name: spec.params["uploads"] for name, spec in specs.items() if "uploads" in spec.params}
+    assert uploads == {
+        "reference": {"evaluation": A, "perplexity_text": B},
+        "quantize:reauthored:mine": {"calibration": C},
+    }
+    assert specs["quantize:reauthored:none"].params == {"recipe": "none"}
+    assert "uploads" not in expand()["reference"].params
+
+
+def test_a_recipe_that_needs_calibration_gets_the_checkpoint_and_the_lengths() -> None:
+    own = {"mine": STATIC, "other": DYNAMIC}
+    specs = expand(recipes=["mine", "other"], own_recipes=own, calibration={"kind": "text", "upload": C})
+    mine, other = specs["quantize:reauthored:mine"], specs["quantize:reauthored:other"]
+    assert set(mine.inputs) == {"convert", "checkpoint"}
+    assert mine.params == {
+        "recipe": "mine",
+        "settings": STATIC,
+        "calibration": {"kind": "text"},
+        "prefill_lengths": [16, 64],
+        "context_length": 256,
+        "uploads": {"calibration": C},
+    }
+    assert set(other.inputs) == {"convert"}
+    assert other.params == {"recipe": "other", "settings": DYNAMIC}
+    default = expand(recipes=["mine"], own_recipes={"mine": STATIC})["quantize:reauthored:mine"]
+    assert default.params["calibration"] is None
+    assert "uploads" not in default.params
+
+
+def test_a_bundle_is_proven_with_the_proof_of_its_graph() -> None:
+    specs = expand(recipes=["none"], formats=["litertlm", "task"])
+    for kind in ("litertlm", "task"):
+        assert specs[f"verify:reauthored:none:{kind}"].inputs["verify_tflite"] == "verify:reauthored:none:tflite"
+    assert "verify_tflite" not in specs["verify:reauthored:none:tflite"].inputs
 
 
 def test_every_kind_has_a_class() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import BlobMissing, DiskFull, StoreUnavailable
-from service.storage import ObjectStore, blob_key, digest_bytes, open_store, read_object
+from service.storage import ObjectStore, blob_key, digest_bytes, digest_file, open_store, read_object
+from service.storage.folder import FolderStore
 
 
 @pytest.fixture
@@ -147,3 +148,45 @@ def test_root_that_is_a_file_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="cannot be used"):
         open_store((tmp_path / "file").as_uri())
+
+
+def test_what_nobody_changes_is_shared(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    source, target = tmp_path / "source", tmp_path / "copy"
+    source.write_bytes(b"weights")
+    key = blob_key(digest_bytes(b"weights"))
+    store.put_file(key, source, digest_bytes(b"weights"), is_final=True)
+    store.get_file(key, target, digest_bytes(b"weights"), is_read_only=True)
+    assert source.stat().st_ino == target.stat().st_ino
+
+
+def test_what_may_change_is_copied(tmp_path: Path) -> None:
+    """Control."""
+    store = FolderStore(tmp_path / "store")
+    source, target = tmp_path / "source", tmp_path / "copy"
+    source.write_bytes(b"weights")
+    key = blob_key(digest_bytes(b"weights"))
+    store.put_file(key, source, digest_bytes(b"weights"))
+    store.get_file(key, target, digest_bytes(b"weights"))
+    source.write_bytes(b"changed")
+    target.write_bytes(b"changed")
+    with store.open(key) as chunks:
+        assert b"".join(chunks) == b"weights"
+
+
+def test_a_file_of_more_than_2_gib_goes_in_and_out_and_is_read_from_its_end(tmp_path: Path) -> None:
+    """Sparse, and shared where the disk allows: seconds, and no space."""
+    store = FolderStore(tmp_path / "store")
+    source, target = tmp_path / "source", tmp_path / "copy"
+    size_bytes = 2**31 + 4096
+    with source.open("wb") as stream:
+        stream.seek(size_bytes - 4)
+        stream.write(b"tail")
+    sha256, measured_bytes = digest_file(source)
+    assert measured_bytes == size_bytes
+    key = blob_key(sha256)
+    assert store.put_file(key, source, sha256, is_final=True)
+    assert store.stat(key).size_bytes == size_bytes
+    assert store.get_file(key, target, sha256, is_read_only=True) == size_bytes
+    with store.open(key, size_bytes - 6) as chunks:
+        assert b"".join(chunks) == b"\0\0tail"

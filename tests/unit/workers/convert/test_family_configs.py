@@ -22,6 +22,15 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+#: What families demand beyond that, under their own names.
+OWN: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 64, "n_layer": 3, "n_head": 4},
+    "Gemma3nForCausalLM": {"num_kv_shared_layers": 1},
+    "OpenELMForCausalLM": {
+        "num_query_heads": [1, 4, 3], "num_kv_heads": [1, 2, 3], "ffn_multipliers": [0.5, 1, 2.3], "head_dim": 16,
+        "ffn_dim_divisor": 16, "model_dim": 64, "num_transformer_layers": 3, "max_context_length": 256,
+    },
+}  # fmt: skip
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,
@@ -31,14 +40,12 @@ LONGROPE = {
 
 
 def read(architecture: str, **fields: Any) -> DecoderShape:
-    return architectures.read_shape({**SIZES, "architectures": [architecture], **fields})
+    return architectures.read_shape({**SIZES, "architectures": [architecture], **OWN.get(architecture, {}), **fields})
 
 
 def test_every_family_reads_the_common_sizes() -> None:
     for architecture in FAMILIES:
-        own = {"n_embd": 64, "n_layer": 3, "n_head": 4} if architecture == "GPT2LMHeadModel" else {}
-        own = {"num_kv_shared_layers": 1} if architecture == "Gemma3nForCausalLM" else own
-        shape = read(architecture, **own)
+        shape = read(architecture)
         assert (shape.architecture, shape.family) == (architecture, FAMILIES[architecture].name)
         assert (shape.vocabulary_size, shape.hidden_size, shape.layers, shape.heads) == (512, 64, 3, 4)
         assert len(list_tensors(shape)) > 10
@@ -51,6 +58,41 @@ def test_tensors_fill_each_parameter_of_a_rebuilt_model_once() -> None:
             tensors = [name for parameter in parameters for name, _ in parameter.tensors]
             assert len({parameter.name for parameter in parameters}) == len(parameters)
             assert len(set(tensors)) == len(tensors)
+
+
+def test_openelm_has_sizes_of_its_own_in_every_layer() -> None:
+    shape = read("OpenELMForCausalLM")
+    sizes = [shape.find_sizes(layer) for layer in range(3)]
+    assert [(each.heads, each.key_value_heads) for each in sizes] == [(1, 1), (4, 2), (3, 3)]
+    # 32, 64 and 147.2 as multiples of 16.
+    assert [each.intermediate_size for each in sizes] == [32, 64, 144]
+    assert (shape.heads, shape.key_value_heads, shape.intermediate_size) == (4, 3, 144)
+    tensors = list_tensors(shape)
+    assert tensors["transformer.layers.2.attn.qkv_proj.weight"] == (9 * 16, 64)
+    assert tensors["transformer.layers.2.ffn.proj_1.weight"] == (2 * 144, 64)
+    # A tenth less than asked for is too little: 20 becomes 32, and not 16.
+    assert read("OpenELMForCausalLM", ffn_multipliers=[0.3125, 1, 1]).find_sizes(0).intermediate_size == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "said"),
+    [
+        ({"num_query_heads": [4, 4]}, CheckpointInvalid, "'num_query_heads' must list one number for each of the 3"),
+        ({"num_kv_heads": 2}, CheckpointInvalid, "'num_kv_heads' must list"),
+        (
+            {"num_kv_heads": [1, 3, 3]},
+            CheckpointInvalid,
+            r"layer 1 \(4\) is not a multiple of its 'num_kv_heads' \(3\)",
+        ),
+        ({"num_query_heads": [1, 0, 3]}, CheckpointInvalid, "of layer 1 must be a whole number"),
+        ({"ffn_multipliers": [1, 1, -1]}, CheckpointInvalid, "'ffn_multipliers' must be a finite number above 0"),
+        ({"normalization_layer_name": "layer_norm"}, ArchitectureUnsupported, "'layer_norm'"),
+        ({"activation_fn_name": "relu"}, ArchitectureUnsupported, "'relu'"),
+    ],
+)
+def test_openelm_refuses_what_it_is_not(fields: dict[str, Any], code: type[Exception], said: str) -> None:
+    with pytest.raises(code, match=said):
+        read("OpenELMForCausalLM", **fields)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from ai_edge_litert import schema_py_generated
 
 from workers.convert import toolfixes
@@ -33,3 +34,29 @@ def test_only_the_known_warnings_are_silent() -> None:
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use another", FutureWarning, stacklevel=1)
         with pytest.warns(FutureWarning, match="anything else"):
             warnings.warn("anything else", FutureWarning, stacklevel=1)
+
+
+def test_a_graphs_code_is_generated_when_it_is_called_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated = []
+    generate = torch.fx.GraphModule.recompile
+
+    def count(module: torch.fx.GraphModule) -> object:
+        generated.append(module)
+        return generate(module)
+
+    monkeypatch.setattr(torch.fx.GraphModule, "recompile", count)
+    with toolfixes.generated_code_deferred():
+        traced = torch.fx.symbolic_trace(lambda x: torch.relu(x) + 1)
+        (relu,) = traced.graph.find_nodes(op="call_function", target=torch.relu)
+        relu.target = torch.neg
+        traced.recompile()
+        assert generated == []
+        assert "torch.neg" in traced.code
+        relu.target = torch.abs
+        traced.recompile()
+        assert traced(torch.tensor([-2.0])).tolist() == [3.0]
+        assert generated == [traced, traced]
+    relu.target = torch.relu
+    traced.recompile()
+    assert len(generated) == 3
+    assert traced(torch.tensor([-2.0])).tolist() == [1.0]

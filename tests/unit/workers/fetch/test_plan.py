@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from service.errors import ChatTemplateInvalid, RequestUnfit, TokenizerUnsupported, UnknownName
+from service.errors import (
+    CalibrationInvalid,
+    ChatTemplateInvalid,
+    CheckpointUnsafe,
+    RecipeUnfit,
+    RequestUnfit,
+    TokenizerUnsupported,
+    UnknownName,
+)
+from service.recipes import parse_own_recipe
 from tests.unit.workers.fetch import tiny_checkpoint as tiny
 from workers.fetch import plan
 
@@ -28,6 +37,8 @@ def run(folder: Path, **params: Any) -> dict[str, Any]:
 def test_facts_are_complete(folder: Path) -> None:
     figures = run(folder, engines=["auto", "traced", "reauthored"])
     reasons = figures.pop("engine_reasons")
+    predicted = figures.pop("predicted_peak_anon_bytes")
+    assert set(predicted) == {"reference", "bundle", "convert:reauthored", "convert:traced"}
     assert reasons["auto"].startswith("auto chooses reauthored for LlamaForCausalLM")
     parameters = sum(values.size for values in tiny.build_tensors().values())
     assert figures == {
@@ -47,6 +58,36 @@ def test_facts_are_complete(folder: Path) -> None:
         "layers": 2,
     }
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_code_that_the_checkpoint_names_is_ignored_where_that_is_asked_for(folder: Path) -> None:
+    custom = {"AutoConfig": "someone/else--configuration.Config", "AutoTokenizer": ["tokenization.Tokenizer", None]}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = folder / name
+        document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tiny.write_json(path, {**document, "auto_map": custom, "custom_pipelines": {"x": {"impl": "own.py"}}})
+        with pytest.raises(CheckpointUnsafe, match=f"^{name}: .*--ignore-custom-code") as caught:
+            run(folder)
+        assert caught.value.details["field"] in ("auto_map", "custom_pipelines")
+        assert run(folder, ignore_custom_code=True)["family"] == "llama"
+        path.write_text(json.dumps(document), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trust_remote_code": True},
+        {"custom_generate": "own"},
+        {"text_config": {"auto_map": {"AutoConfig": "own.Config"}}},
+        {"auto_map": {}, "something": "own.py"},
+    ],
+    ids=str,
+)
+def test_what_would_run_code_is_refused_even_then(folder: Path, fields: dict[str, Any]) -> None:
+    tiny.write_json(folder / "config.json", {**tiny.CONFIG, **fields})
+    with pytest.raises(CheckpointUnsafe, match=r"^config\.json: ") as caught:
+        run(folder, ignore_custom_code=True)
+    assert "ignore-custom-code" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +162,53 @@ def test_heavy_libraries_are_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+BLOCKWISE = {
+    "regex": ".*",
+    "operation": "FULLY_CONNECTED",
+    "op_config": {
+        "weight_tensor_config": {"num_bits": 4, "granularity": "BLOCKWISE_64"},
+        "compute_precision": "INTEGER",
+    },
+}
+STATIC = {
+    "regex": ".*",
+    "operation": "INPUT",
+    "op_config": {
+        "activation_tensor_config": {"num_bits": 8, "symmetric": False},
+        "weight_tensor_config": {"num_bits": 8, "granularity": "CHANNELWISE"},
+        "compute_precision": "INTEGER",
+    },
+}
+
+
+def test_blocks_that_do_not_divide_the_rows_are_refused_with_the_matrix(folder: Path) -> None:
+    hidden = tiny.CONFIG["hidden_size"]
+    assert hidden % 32
+    run(folder, recipes=["dynamic_int8", "mixed_int4", "static_int8"])
+    with pytest.raises(RecipeUnfit, match=rf"blocks of 32, .* model\.embed_tokens\.weight have {hidden}") as caught:
+        run(folder, recipes=["dynamic_int8", "dynamic_int4_block32"])
+    assert caught.value.message.endswith("Ask for mixed_int4 or dynamic_int4.")
+
+
+def test_own_recipes_are_held_against_shapes_and_engines(folder: Path) -> None:
+    with pytest.raises(RecipeUnfit, match="blocks of 64"):
+        run(folder, recipes=["mine"], own_recipes={"mine": parse_own_recipe("mine", [BLOCKWISE])})
+    # A part of the names may well be divisible: the quantizer decides.
+    part = parse_own_recipe("mine", [{**BLOCKWISE, "regex": "down_proj"}])
+    run(folder, recipes=["mine"], own_recipes={"mine": part})
+    with pytest.raises(RecipeUnfit, match="cannot run as tflite from the engine reauthored"):
+        run(folder, recipes=["mine"], own_recipes={"mine": parse_own_recipe("mine", [STATIC])})
+
+
+def test_calibration_prompts_need_a_chat_template(folder: Path) -> None:
+    prompts = {"kind": "prompts"}
+    run(folder, recipes=["static_int8"], calibration=prompts)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    tiny.write_json(folder / "tokenizer_config.json", config)
+    run(folder, recipes=["dynamic_int8"], calibration=prompts)
+    run(folder, recipes=["static_int8"], calibration={"kind": "text"})
+    with pytest.raises(CalibrationInvalid, match="no chat template"):
+        run(folder, recipes=["static_int8"], calibration=prompts)

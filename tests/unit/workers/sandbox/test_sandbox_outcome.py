@@ -47,7 +47,7 @@ def test_answer_gives_figures(tmp_path: Path) -> None:
 
 def test_answer_before_the_stop_stands(tmp_path: Path) -> None:
     end = {**END, "killed_for": "stop", "answer": {"figures": {}}}
-    result = describe(tmp_path, end, stopped=StopReason.CANCELLED)
+    result = describe(tmp_path, end, stopped=StopReason.LEASE_LOST)
     assert (result.figures, result.error, result.stopped) == ({}, None, None)
 
 
