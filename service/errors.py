@@ -288,12 +288,14 @@ class CalibrationInvalid(EdgeKilnError):
     """The calibration data are not what their kind says: no text, no prompts, or no chat template to render them."""
 
     code = "calibration_invalid"
+    http_status = 422
 
 
 class EvaluationInvalid(EdgeKilnError):
     """An uploaded evaluation or text for perplexity is not what it should be; the message names the line."""
 
     code = "evaluation_invalid"
+    http_status = 422
 
 
 class BundleFailed(EdgeKilnError):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from service.ledger.keys import Toolchain
 
-_ROOT = Path(__file__).resolve().parent
+#: What holds the packages `workers` and `service`.
+_ROOT = Path(__file__).resolve().parents[1]
 
 #: Packages whose change may change an output byte or a figure.
 _TOOLS = (
@@ -55,7 +56,7 @@ class StepCode:
     target: str
     #: Zygote that its child is forked from.
     pool: str
-    #: Globs below `workers/`; a change in one of these files makes new step keys.
+    #: Globs beside the packages; a change in one of these files makes new step keys.
     sources: tuple[str, ...]
     #: Inputs that the child reads; None means all.
     reads: tuple[str, ...] | None = None
@@ -63,6 +64,8 @@ class StepCode:
     network: bool = False
     #: Whether the attempt must never be repeated by itself once the tool has started.
     is_pinned: bool = False
+    #: How far its child lets others of the host go first.
+    niceness: int = 0
 
     @property
     def revision(self) -> str:
@@ -75,59 +78,73 @@ class StepCode:
 
 
 CATALOG: Mapping[str, StepCode] = {
-    "resolve": StepCode("workers.fetch.resolve:run", "fetch", ("fetch/*.py",), network=True),
-    "fetch": StepCode("workers.fetch.fetch:run", "fetch", ("fetch/*.py",), network=True),
+    "resolve": StepCode("workers.fetch.resolve:run", "fetch", ("workers/fetch/*.py",), network=True),
+    "fetch": StepCode("workers.fetch.fetch:run", "fetch", ("workers/fetch/*.py",), network=True),
     "plan": StepCode(
-        "workers.fetch.plan:run", "light", ("fetch/*.py", "convert/architectures/*.py", "convert/tokenizer*.py")
+        "workers.fetch.plan:run",
+        "light",
+        ("workers/fetch/*.py", "workers/convert/architectures/*.py", "workers/convert/tokenizer*.py"),
     ),
     "reference": StepCode(
         "workers.verify.reference:run",
         "convert",
         (
-            "verify/conversations.py",
-            "verify/openelm.py",
-            "verify/probe.py",
-            "verify/reference.py",
-            "verify/scoring.py",
-            "verify/source*.py",
-            "verify/user_files.py",
-            "convert/tokenizer_samples.py",
-            "fetch/strict_json.py",
+            "workers/verify/conversations.py",
+            "workers/verify/openelm.py",
+            "workers/verify/probe.py",
+            "workers/verify/reference.py",
+            "workers/verify/scoring.py",
+            "workers/verify/source*.py",
+            "workers/convert/tokenizer_samples.py",
+            "service/strict_json.py",
+            "service/user_files.py",
         ),
+        # `convert`, which begins with it, has phases on one core: there is room enough.
+        niceness=10,
     ),
     "convert": StepCode(
         "workers.convert.convert:run",
         "convert",
         (
-            "convert/convert.py",
-            "convert/reauthored*.py",
-            "convert/traced.py",
-            "convert/side_by_side.py",
-            "convert/weights.py",
-            "convert/toolfixes.py",
-            "convert/architectures/*.py",
+            "workers/convert/convert.py",
+            "workers/convert/reauthored*.py",
+            "workers/convert/traced.py",
+            "workers/convert/side_by_side.py",
+            "workers/convert/weights.py",
+            "workers/convert/toolfixes.py",
+            "workers/convert/architectures/*.py",
         ),
     ),
     "quantize": StepCode(
         "workers.convert.quantize:run",
         "light",
         (
-            "convert/quantize.py",
-            "convert/storage.py",
-            "convert/block_scales.py",
-            "convert/calibration*.py",
-            "verify/graph.py",
-            "verify/probe.py",
-            "fetch/chat_template.py",
-            "fetch/template_render.py",
-            "fetch/strict_json.py",
+            "workers/convert/quantize.py",
+            "workers/convert/storage.py",
+            "workers/convert/block_scales.py",
+            "workers/convert/calibration*.py",
+            "workers/verify/graph.py",
+            "workers/verify/openelm.py",
+            "workers/verify/probe.py",
+            "workers/verify/source_tokenizer.py",
+            "workers/fetch/chat_template.py",
+            "workers/fetch/strict_json.py",
+            "workers/fetch/template_render.py",
+            "service/strict_json.py",
+            "service/user_files.py",
         ),
     ),
     "bundle": StepCode(
-        "workers.convert.bundle:run", "light", ("convert/bundle*.py", "convert/tokenizer*.py", "convert/metadata*.py")
+        "workers.convert.bundle:run",
+        "light",
+        ("workers/convert/bundle*.py", "workers/convert/tokenizer*.py", "workers/convert/metadata*.py"),
     ),
-    "verify": StepCode("workers.verify.verify:run", "light", ("verify/*.py", "convert/bundle_reader.py")),
-    "benchmark": StepCode("workers.devices.host:run", "light", ("devices/*.py",), reads=("artifact",), is_pinned=True),
+    "verify": StepCode(
+        "workers.verify.verify:run", "light", ("workers/verify/*.py", "workers/convert/bundle_reader.py")
+    ),
+    "benchmark": StepCode(
+        "workers.devices.host:run", "light", ("workers/devices/*.py",), reads=("artifact",), is_pinned=True
+    ),
 }
 
 
@@ -141,5 +158,5 @@ def read_toolchain() -> Toolchain:
             continue
     revisions = {kind: code.revision for kind, code in CATALOG.items()}
     # Publishing runs in the worker itself.
-    revisions["publish"] = hashlib.sha256((_ROOT / "publish.py").read_bytes()).hexdigest()
+    revisions["publish"] = hashlib.sha256((_ROOT / "workers" / "publish.py").read_bytes()).hexdigest()
     return Toolchain(versions=versions, revisions=revisions)

@@ -201,6 +201,7 @@ class Runner:
             should_stop=lambda: self._stop_reason(keeper),
             credential=(self._settings.hub_token or None) if code.network else None,
             writable=[self._download_dir(claim)] if claim.kind == "fetch" else (),
+            niceness=code.niceness,
             poll_s=self._settings.cancel_poll_s / 2,
         )
 

@@ -17,6 +17,7 @@ from service.ledger import claims, results
 from service.ledger.blobs import OutputFile
 from service.ledger.database import Database
 from service.storage import ObjectStore, blob_key, digest_file
+from service.user_files import UPLOAD_FILE
 from workers.catalog import CATALOG
 from workers.keeper import LeaseKeeper
 
@@ -49,7 +50,7 @@ class Transfer:
         self._inputs_are_read_only = inputs_are_read_only
 
     def place_inputs(self, folder: Path) -> dict[str, Path]:
-        """Copy what the step reads below `folder`, one folder an input; an upload is a file called `upload`."""
+        """Copy what the step reads below `folder`, one folder an input; an upload is a file called `UPLOAD_FILE`."""
         reads = CATALOG[self._claim.kind].reads
         folders: dict[str, Path] = {}
         for name, supplier in self._claim.inputs.items():
@@ -80,7 +81,9 @@ class Transfer:
         self._keeper.check()
         folder.mkdir(parents=True)
         try:
-            self._store.get_file(blob_key(digest), folder / "upload", digest, is_read_only=self._inputs_are_read_only)
+            self._store.get_file(
+                blob_key(digest), folder / UPLOAD_FILE, digest, is_read_only=self._inputs_are_read_only
+            )
         except (BlobMissing, BlobCorrupt) as error:
             raise type(error)(
                 f"The {name.replace('_', ' ')} that was uploaded as {digest} is missing or damaged in the store. "

@@ -11,6 +11,7 @@ from service import gates
 from service.api.context import ContextOf, TenantOf
 from service.api.schemas import Catalogue, JobDocument, JobList, answers, problem_responses
 from service.api.sources import admit_source
+from service.api.uploads import check_uploads
 from service.ledger import jobs, views
 from service.recipes import DEVICES, ENGINES, FORMATS, describe_recipes
 from service.requests import JobRequest
@@ -67,10 +68,12 @@ def submit_job(
     ] = None,
 ) -> JSONResponse:
     """Check the whole request, then store the job; it is there when the answer arrives, and work begins at once."""
+    admitted = admit_source(request, context.settings)
+    check_uploads(context, tenant_id, admitted)
     submission = jobs.submit_job(
         context.database,
         tenant_id,
-        admit_source(request, context.settings),
+        admitted,
         max_variants=context.settings.max_variants,
         idempotency_key=idempotency_key,
     )

@@ -18,8 +18,10 @@ from service.api.schemas import UploadDocument, UploadList, answers, problem_res
 from service.errors import InvalidRequest
 from service.ledger import uploads
 from service.ledger.blobs import OutputFile, commit_uploaded
+from service.requests import JobRequest
 from service.storage import blob_key
 from service.storage.disk import disk_errors
+from service.user_files import check_upload
 
 router = APIRouter(prefix="/v1", tags=["uploads"])
 
@@ -90,6 +92,25 @@ def _keep(
         store,
     )
     return uploads.read_upload(context.database, tenant_id, file.digest), is_new
+
+
+def check_uploads(context: Context, tenant_id: str, request: JobRequest) -> None:
+    """Read what a request's uploads hold as the steps will, hours later.
+
+    Raises `UploadNotFound` before anything is read, `CalibrationInvalid` and `EvaluationInvalid`.
+    """
+    if not request.uploads:
+        return
+    uploads.require_uploads(context.database, tenant_id, request.uploads.values())
+    root = context.settings.cache_dir / "uploads"
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    kind = request.calibration.kind if request.calibration else None
+    with disk_errors(root), tempfile.TemporaryDirectory(dir=root) as folder:
+        for purpose, digest in request.uploads.items():
+            path = Path(folder) / purpose
+            context.store.get_file(blob_key(digest), path, digest)
+            check_upload(purpose, path, kind)
 
 
 @router.get(

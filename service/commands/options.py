@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 
 from service.errors import InvalidRequest
 from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES, require_known
+from service.strict_json import JsonInvalid, parse_json
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -228,9 +228,9 @@ def _read_recipe(place: str) -> tuple[str, Any]:
     is_inline = rest.lstrip().startswith("[")
     text = rest if is_inline else _read_text("--recipe-file", Path(rest).expanduser())
     try:
-        return name, json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"--recipe-file {place if not is_inline else name}: not JSON: {error}.") from error
+        return name, parse_json(text)
+    except JsonInvalid as error:
+        raise InvalidRequest(f"--recipe-file {name if is_inline else place} {error}.") from None
 
 
 def parse_gates(texts: list[str]) -> dict[str, float]:

@@ -157,6 +157,8 @@ def _is_due() -> Any:
 def _due_step_ids(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
     """Return the most urgent due steps that this worker can run now, or that no live worker ever can.
 
+    A bundle comes first: it takes a moment, and everything else of its variant waits for it.
+
     The latter are claimed to be failed with a sentence: nobody will ever come for them.
     """
     mine = and_(_is_made_by(worker), _fits(worker.memory_limit_bytes))
@@ -166,7 +168,7 @@ def _due_step_ids(tx: Transaction, resource_class: str, worker: Any) -> list[str
     rows = tx.connection.execute(
         select(Step.id)
         .where(Step.resource_class == resource_class, _is_due(), or_(mine_now, is_orphan))
-        .order_by(Step.priority.desc(), Step.queued_at, Step.id)
+        .order_by(Step.priority.desc(), Step.kind != "bundle", Step.queued_at, Step.id)
         .limit(_CANDIDATES)
     )
     return list(rows.scalars())

@@ -43,14 +43,24 @@ def hold_uploads(tx: Transaction, tenant_id: str, job_id: str, digests: Iterable
     """Keep a tenant's uploads for as long as a new job is kept; raises `UploadNotFound`."""
     wanted = sorted(set(digests))
     locks.lock_blobs(tx, wanted)
-    missing = sorted(set(wanted) - _find(tx.connection, tenant_id, wanted))
+    _require(tx.connection, tenant_id, wanted)
+    for digest in wanted:
+        tx.connection.execute(insert(JobUpload).values(job_id=job_id, tenant_id=tenant_id, digest=digest))
+
+
+@reads
+def require_uploads(connection: Connection, tenant_id: str, digests: Iterable[str]) -> None:
+    """Raise `UploadNotFound` unless the tenant has uploaded all of them."""
+    _require(connection, tenant_id, digests)
+
+
+def _require(connection: Connection, tenant_id: str, digests: Iterable[str]) -> None:
+    missing = sorted(set(digests) - _find(connection, tenant_id, digests))
     if missing:
         raise UploadNotFound(
             f"Nothing was uploaded here as {', '.join(missing)}. Upload it (`POST /v1/uploads`), then submit again.",
             digests=missing,
         )
-    for digest in wanted:
-        tx.connection.execute(insert(JobUpload).values(job_id=job_id, tenant_id=tenant_id, digest=digest))
 
 
 def _find(connection: Connection, tenant_id: str, digests: Iterable[str]) -> set[str]:

@@ -285,8 +285,7 @@ CASES = [
     Bad(
         "calibration-without-prompts",
         "calibration_invalid",
-        ("Line 2", '{"prompt": "..."}'),
-        take_the_example,
+        ("line 2", '{"prompt": "..."}'),
         options=("-r", "static_int8", "--calibration-prompts", "FILE"),
         content=b'{"prompt": "1+1="}\n{"question": "2+2="}\n',
     ),

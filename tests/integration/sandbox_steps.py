@@ -31,6 +31,11 @@ def succeed(params: Params, inputs: Inputs, output_dir: Path, progress: Progress
     return {"sum": sum(params["numbers"]), "text": text, "pid": os.getpid()}
 
 
+def tell_niceness(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    group = Path("/proc/self/autogroup")
+    return {"own": os.nice(0), "group": int(group.read_text().split()[-1]) if group.exists() else None}
+
+
 def chatter(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     for index in range(2000):
         progress(f"message {index}")

@@ -78,13 +78,14 @@ def test_submit_once_with_an_idempotency_key(world: World, run: Run) -> None:
 
 WEIGHTS = '{"num_bits":8,"granularity":"CHANNELWISE"}'
 CONFIG = f'{{"weight_tensor_config":{WEIGHTS},"compute_precision":"INTEGER"}}'
+PROMPTS = '{"prompt": "one"}\n{"prompt": "two"}\n'
 OWN = f'[{{"regex":".*","operation":"FULLY_CONNECTED","op_config":{CONFIG}}}]'
 
 
 def test_files_are_uploaded_and_named_by_digest(run: Run, world: World, tmp_path: Path) -> None:
     text, prompts, recipe = tmp_path / "text.txt", tmp_path / "prompts.txt", tmp_path / "small.json"
-    text.write_text("Räder rollen.\r\n", newline="")
-    prompts.write_text("one\ntwo\n")
+    text.write_text('{"prompt": "Räder", "answer": "rollen"}\r\n', newline="")
+    prompts.write_text(PROMPTS)
     recipe.write_text(OWN)
     given = ["--evaluation", text, "--calibration-prompts", prompts, "--recipe-file", recipe, "--recipe", "none"]
     submitted = run("submit", world.models / "tiny", *given, "--json")
@@ -92,7 +93,7 @@ def test_files_are_uploaded_and_named_by_digest(run: Run, world: World, tmp_path
     request = json.loads(submitted.stdout)["request"]
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     assert request["evaluation"] == digest
-    assert request["calibration"] == {"kind": "prompts", "upload": hashlib.sha256(b"one\ntwo\n").hexdigest()}
+    assert request["calibration"] == {"kind": "prompts", "upload": hashlib.sha256(PROMPTS.encode()).hexdigest()}
     assert request["recipes"] == ["none", "small"]
     with world.store.open(blob_key(digest)) as chunks:
         assert b"".join(chunks) == text.read_bytes()

@@ -112,6 +112,14 @@ def test_success_gives_figures_files_progress_and_memory(run: Run, tmp_path: Pat
     assert result.stopped is None
 
 
+@pytest.mark.parametrize("niceness", [0, 7])
+def test_a_run_lets_others_go_first_when_asked(run: Run, niceness: int) -> None:
+    figures = run("tell_niceness", niceness=niceness).figures
+    assert figures is not None
+    assert figures["own"] == os.nice(0) + niceness
+    assert figures["group"] in (niceness, None)
+
+
 def test_linked_inputs_are_readable(run: Run, tmp_path: Path) -> None:
     blob = tmp_path / "store" / "blob"
     blob.parent.mkdir()

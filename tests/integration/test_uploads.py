@@ -17,7 +17,7 @@ from service.ledger import access
 from service.storage import blob_key
 from tests.api_world import World, make_world
 
-TEXT = b"To be measured on, not to be read.\n" * 100
+TEXT = b'{"prompt": "1+2=", "answer": "3"}\n' * 100
 DIGEST = hashlib.sha256(TEXT).hexdigest()
 
 
@@ -100,6 +100,34 @@ def test_a_request_names_what_its_own_tenant_uploaded(world: World, http: TestCl
     unknown = http.post("/v1/jobs", json={**body, "perplexity_text": "0" * 64})
     assert (unknown.status_code, unknown.json()["code"]) == (422, "upload_not_found")
     assert len(http.get("/v1/jobs").json()["jobs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("purpose", "content", "words"),
+    [
+        ({"evaluation": None}, b'{"prompt": "1+1="}\n', "The evaluation, line 1: not"),
+        ({"perplexity_text": None}, b"\xff\xfe", "The text for perplexity: not UTF-8"),
+        ({"calibration": {"kind": "prompts"}}, b'{"prompt": "1"}\n' + b"[" * 100_000, "line 2: not"),
+        ({"calibration": {"kind": "text"}}, b" \n", "The calibration data: empty"),
+    ],
+    ids=["pairs", "text", "prompts", "empty"],
+)
+def test_an_upload_that_no_step_could_read_is_refused_at_once(
+    world: World, http: TestClient, purpose: dict[str, Any], content: bytes, words: str
+) -> None:
+    digest = http.post("/v1/uploads", content=content).json()["sha256"]
+    ((name, kind),) = purpose.items()
+    asked = {name: {**kind, "upload": digest} if kind else digest}
+    answer = http.post("/v1/jobs", json={"source": world.source, **asked})
+    assert answer.status_code == 422
+    assert words in answer.json()["detail"]
+    assert answer.json()["code"] in ("evaluation_invalid", "calibration_invalid")
+    assert http.get("/v1/jobs").json()["jobs"] == []
+    # What it holds is nobody else's business.
+    access.ensure_tenant(world.database, "other")
+    key = access.create_key(world.database, "other", "test").secret
+    foreign = http.post("/v1/jobs", json={"source": world.source, **asked}, headers={"Authorization": f"Bearer {key}"})
+    assert foreign.json()["code"] == "upload_not_found"
 
 
 @pytest.mark.parametrize("evaluation", ["abc", "G" * 64, "A" * 64, "../" + "0" * 61])

@@ -7,7 +7,6 @@ Owns how the graph is driven (prefill chunks and decode steps with their caches,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,7 @@ class WatchedInterpreter:
         else:
             self._mode = calibrator.CalibrationMode.CALIBRATION_PROFILER_BASED
             options = {"qsv_update_func": qsv_utils.min_max_update}
-        with warnings.catch_warnings():
-            # The tool watches the runtime's own operators on purpose, which the runtime calls debugging.
-            warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors", category=UserWarning)
-            self._calibrator = calibrator.Calibrator(str(path), num_threads=threads, mode=self._mode, **options)
+        self._calibrator = calibrator.Calibrator(str(path), num_threads=threads, mode=self._mode, **options)
 
     def get_signature_list(self) -> Any:
         """Return the signatures' names."""

@@ -1,25 +1,24 @@
 """What a float graph is shown to calibrate it: token sequences from an uploaded file, an evaluation or our own text.
 
-Owns the reading and checking of calibration data and how much of them is used. Must not run a graph. Called by
-`workers.convert.calibration`; the tokenizer is opened with transformers, as the source's is.
+Owns how much of calibration data is used, and how they become tokens; `service.user_files` reads them. Must not run a
+graph. Called by `workers.convert.calibration`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from service import user_files
 from service.errors import CalibrationInvalid, CheckpointInvalid
 from workers.fetch.chat_template import render_prompts
 
 Tokens = list[int]
 
-#: Read from an uploaded file; a few thousand tokens are used.
-MAX_DATA_BYTES = 16 * 2**20
 #: Tokens that every prefill signature is shown, in windows of the whole context; one window at least.
 WINDOW_TOKENS = 4096
 MAX_WINDOWS = 4
@@ -91,82 +90,32 @@ def read_calibration_text(
     text of our own. What exceeds the context or the budget is cut, and the figures say so. Raises
     `CalibrationInvalid`, or `ChatTemplateInvalid` for a template that renders nothing.
     """
-    reader = open_tokenizer(checkpoint)
-    evaluation = checkpoint / "evaluation.jsonl"
-    if kind == "text":
-        text = read_text(upload)
-        return _divide(reader, reader.encode(text), [], context_length, {"kind": "text"})
-    if kind == "prompts":
-        prompts = read_prompts(upload)
-        return _divide_prompts(reader, prompts, checkpoint, context_length)
-    if kind is not None:
+    reader = open_reader(checkpoint)
+    if kind not in (None, "text", "prompts"):
         raise CalibrationInvalid(
             f"Calibration data of the kind {kind!r} are unknown; take 'text' or 'prompts'.", kind=kind
         )
-    if evaluation.is_file():
-        pairs = [item["prompt"] + item["answer"] for item in _read_lines(evaluation.read_text(encoding="utf-8"))]
+    if kind is not None:
+        if upload is None or not upload.is_file():
+            raise CalibrationInvalid("The calibration data were not uploaded.")
+        if kind == "prompts":
+            return _divide_prompts(reader, user_files.read_calibration_prompts(upload), checkpoint, context_length)
+        text = user_files.read_calibration_text(upload)
+        return _divide(reader, reader.encode(text), [], context_length, {"kind": "text"})
+    pairs = [prompt + answer for prompt, answer in user_files.read_evaluation(None, checkpoint)]
+    if pairs:
         starts = [reader.encode(pair) for pair in pairs[:MAX_STARTS]]
         return _divide(reader, reader.encode(" ".join(pairs)), starts, context_length, {"kind": "evaluation"})
     return _divide(reader, reader.encode(DEFAULT_TEXT), [], context_length, {"kind": "default"})
 
 
-def read_text(path: Path | None) -> str:
-    """Return an uploaded text; raises `CalibrationInvalid` for what is missing, empty, binary or not UTF-8."""
-    if path is None or not path.is_file():
-        raise CalibrationInvalid("The calibration data were not uploaded.")
-    data = path.read_bytes()
-    if len(data) > MAX_DATA_BYTES:
-        raise CalibrationInvalid(
-            f"The calibration data have {len(data)} bytes; at most {MAX_DATA_BYTES} are read, and a few thousand words "
-            "are enough.",
-            size_bytes=len(data),
-        )
-    if b"\0" in data:
-        raise CalibrationInvalid(
-            f"The calibration data are binary (a zero byte at {data.index(0)}); upload UTF-8 text.",
-            offset=data.index(0),
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationInvalid(
-            f"The calibration data are not UTF-8 (byte {error.start}); save the text as UTF-8.", offset=error.start
-        ) from None
-    if not text.strip():
-        raise CalibrationInvalid("The calibration data are empty; upload some text.")
-    return text
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """Return uploaded prompts, in order; raises `CalibrationInvalid` that names the line."""
-    return [item["prompt"] for item in _read_lines(read_text(path))]
-
-
-def _read_lines(text: str) -> Iterator[dict[str, str]]:
-    # `splitlines` would also split at separators that JSON allows inside of texts.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError):
-            item = None
-        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-            raise CalibrationInvalid(
-                f'Line {number} of the calibration data is not {{"prompt": "..."}} with a prompt that is not empty; '
-                "upload such lines, or plain text as the kind text.",
-                line=number,
-            )
-        yield item
-
-
-def open_tokenizer(checkpoint: Path) -> Reader:
-    """Open the checkpoint's tokenizer from local files, without remote code."""
+def open_reader(checkpoint: Path) -> Reader:
+    """Open the checkpoint's tokenizer as the source's is opened."""
     # Only calibration pays for this import.
-    from transformers import AutoTokenizer
+    from workers.verify.source_tokenizer import open_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        tokenizer, _ = open_tokenizer(checkpoint)
     except (OSError, ValueError) as error:
         raise CheckpointInvalid(f"The tokenizer cannot be opened: {error}", file="tokenizer.json") from error
 

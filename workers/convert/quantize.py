@@ -19,6 +19,7 @@ from ai_edge_quantizer import quantizer
 
 from service.errors import QuantizationFailed
 from service.recipes import Recipe, find_recipe
+from service.user_files import UPLOAD_FILE
 from workers.convert.block_scales import fill_empty_scales
 from workers.convert.calibration import Statistics, calibrate
 from workers.convert.calibration_text import read_calibration_text
@@ -26,8 +27,6 @@ from workers.convert.storage import describe_storage
 from workers.steps import Progress, run_by_hand
 
 MODEL_FILE = "model.tflite"
-#: The name of an uploaded file in its input folder.
-UPLOAD_FILE = "upload"
 
 
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -52,9 +51,15 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
         _quantize(source, target, recipe, statistics)
     else:
         _reuse_bytes(source, target)
+    stored = describe_storage(target)
+    if recipe.settings and stored == describe_storage(source):
+        raise QuantizationFailed(
+            f"The recipe {recipe.name!r} changed nothing: the graph holds no weights that it covers.",
+            recipe=recipe.name,
+        )
     progress("Quantized", 1.0)
     sizes = {"size_bytes": target.stat().st_size, "float_size_bytes": source.stat().st_size}
-    return {"recipe": recipe.name, **sizes, **describe_storage(target), **calibrated}
+    return {"recipe": recipe.name, **sizes, **stored, **calibrated}
 
 
 def _reuse_bytes(source: Path, target: Path) -> None:
@@ -93,11 +98,6 @@ def _quantize(source: Path, target: Path, recipe: Recipe, statistics: Statistics
         ) from error
     if recipe.has_blocks:
         fill_empty_scales(target)
-    if describe_storage(target) == describe_storage(source):
-        raise QuantizationFailed(
-            f"The recipe {recipe.name!r} changed nothing: the graph holds no weights that it covers.",
-            recipe=recipe.name,
-        )
 
 
 if __name__ == "__main__":

@@ -81,12 +81,8 @@ def sparse_activations_kept() -> Iterator[None]:
         spread = inputs.std(dim=-1, keepdim=True, unbiased=False)
         return functional.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + spread * deviations))
 
-    original = patch.Gemma3nTextMLP._gaussian_topk
-    patch.Gemma3nTextMLP._gaussian_topk = cut
-    try:
+    with mock.patch.object(patch.Gemma3nTextMLP, "_gaussian_topk", cut):
         yield
-    finally:
-        patch.Gemma3nTextMLP._gaussian_topk = original
 
 
 def accept_experts_of_gemma4() -> None:
@@ -120,11 +116,8 @@ def convolutions_begun_anew() -> Iterator[None]:
         layer.conv_states = layer.conv_states * (cache_position[:1] > 0).to(layer.conv_states.dtype)
         return original(self, hidden_states, past_key_values, cache_position, **others)
 
-    short_conv.Lfm2ShortConv.forward = forward
-    try:
+    with mock.patch.object(short_conv.Lfm2ShortConv, "forward", forward):
         yield
-    finally:
-        short_conv.Lfm2ShortConv.forward = original
 
 
 @contextmanager
@@ -145,11 +138,8 @@ def weights_taken_in_place() -> Iterator[None]:
         in_place = {"lightweight_conversion": True, "runtime_constant_folding": False}
         return convert(signatures, **{**options, **in_place})
 
-    core.convert_signatures = convert_in_place
-    try:
+    with mock.patch.object(core, "convert_signatures", convert_in_place):
         yield
-    finally:
-        core.convert_signatures = convert
 
 
 @contextmanager
@@ -214,12 +204,8 @@ def tool_tasks_reported(listen: Callable[[str], None]) -> Iterator[None]:
     # Not at the top: light modules read this file too.
     from litert_torch import progress
 
-    console = progress.console
-    progress.console = _TaskListener(listen)
-    try:
+    with mock.patch.object(progress, "console", _TaskListener(listen)):
         yield
-    finally:
-        progress.console = console
 
 
 class _TaskListener:

@@ -1,6 +1,6 @@
 """A checkpoint's files judged together, before any library opens one.
 
-Owns the order of the checks, the reading of config.json, generation_config.json and evaluation.jsonl, and the
+Owns the order of the checks, the reading of config.json and generation_config.json, and the
 comparison of tokenizer and embedding. Reads with plain file calls; never imports torch or transformers. Called by
 `workers.fetch.plan`.
 """
@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import CheckpointInvalid, CheckpointUnsafe
+from service.user_files import read_evaluation
 from workers.convert.architectures import FAMILIES, DecoderShape, Family, find_family
 from workers.convert.architectures.parameters import complete_names, find_embedding, find_output
 from workers.fetch.chat_template import list_templates, try_template
 from workers.fetch.decoder_weights import require_bounds
 from workers.fetch.needed_files import SourceFile, choose_needed
 from workers.fetch.safetensors_header import TensorEntry
-from workers.fetch.strict_json import parse_json, read_bounded, read_json_object
+from workers.fetch.strict_json import read_json_object
 from workers.fetch.tokenizer_files import TokenizerFacts, read_tokenizer, read_tokenizer_config
 from workers.fetch.unsafe_fields import refuse_unsafe
 from workers.fetch.weight_files import read_headers, require_finite, require_tied, require_weights
 from workers.steps import Progress
 
 MAX_CONFIG_BYTES = 256 * 1024
-MAX_EVALUATION_BYTES = 16 * 2**20
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-EVALUATION_FILE = "evaluation.jsonl"
 
 #: Names of the dtypes as PyTorch and config.json write them.
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -72,7 +71,7 @@ def read_checkpoint(folder: Path, progress: Progress, *, is_code_ignored: bool =
             tokenizer_ids=tokenizer.vocabulary_size,
             embedding_rows=shape.vocabulary_size,
         )
-    has_evaluation = _read_evaluation(folder / EVALUATION_FILE)
+    has_evaluation = bool(read_evaluation(None, folder))
     headers = read_headers(folder)
     entries = {tensor.name: tensor for header in headers for tensor in header.tensors}
     stored = complete_names(shape, entries)
@@ -149,27 +148,6 @@ def _require_token_ids(document: dict[str, Any], name: str, vocabulary_size: int
                 file=name,
                 field=field,
             )
-
-
-def _read_evaluation(path: Path) -> bool:
-    """Check evaluation.jsonl and tell whether there is one."""
-    if not path.is_file():
-        return False
-    lines = read_bounded(path, MAX_EVALUATION_BYTES).split(b"\n")
-    examples = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        example = parse_json(line, f"{EVALUATION_FILE}, line {number},")
-        texts = [example.get("prompt"), example.get("answer")] if isinstance(example, dict) else [None]
-        if not all(isinstance(text, str) and text for text in texts):
-            raise CheckpointInvalid(
-                f'{EVALUATION_FILE}, line {number}, is not {{"prompt": "...", "answer": "..."}}.', file=EVALUATION_FILE
-            )
-        examples += 1
-    if not examples:
-        raise CheckpointInvalid(f"{EVALUATION_FILE} has no examples; add some or remove it.", file=EVALUATION_FILE)
-    return True
 
 
 def _find_dtype(weights: list[TensorEntry]) -> str:

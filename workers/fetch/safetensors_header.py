@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import CheckpointInvalid
-from workers.fetch.strict_json import python_recursion_limit
+from service.strict_json import python_recursion_limit
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 200_000

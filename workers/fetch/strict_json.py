@@ -1,24 +1,20 @@
-"""JSON that a stranger wrote: bounded, without duplicate keys, without values that JSON does not have.
+"""A checkpoint's JSON files: bounded, and strictly parsed (`service.strict_json`).
 
-Owns the reading of a checkpoint's JSON files and the refusals that every one of them shares. Called by the other
-modules of this room; knows nothing about what the fields mean.
+Owns the refusals that every one of them shares. Called by the other modules of this room; knows nothing about what the
+fields mean.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from service import strict_json
 from service.errors import CheckpointInvalid
 
 #: Nesting beyond this has no honest use in a checkpoint.
 MAX_DEPTH = 64
-#: What Python starts with.
-_RECURSION_LIMIT = 1000
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
@@ -36,40 +32,10 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 def parse_json(data: bytes | str, name: str) -> Any:
     """Parse a JSON text; `name` says in messages where it stands."""
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        built: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in built:
-                raise CheckpointInvalid(f"{name} has the key {key[:100]!r} twice.", file=name)
-            built[key] = value
-        return built
-
-    def refuse_constant(constant: str) -> NoReturn:
-        raise CheckpointInvalid(f"{name} holds {constant}, which is not JSON.", file=name)
-
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        with python_recursion_limit():
-            return json.loads(text, object_pairs_hook=build, parse_constant=refuse_constant)
-    except RecursionError:
-        raise CheckpointInvalid(f"{name} is nested too deeply.", file=name) from None
-    except UnicodeDecodeError:
-        raise CheckpointInvalid(f"{name} is not UTF-8 text.", file=name) from None
-    except ValueError as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise CheckpointInvalid(f"{name} is not JSON{where}; it may be truncated.", file=name) from None
-
-
-@contextlib.contextmanager
-def python_recursion_limit() -> Iterator[None]:
-    """Parse under Python's own limit: converters raise it so far that nesting would overflow the C stack instead."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(min(limit, _RECURSION_LIMIT))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)
+        return strict_json.parse_json(data)
+    except strict_json.JsonInvalid as error:
+        raise CheckpointInvalid(f"{name} {error}.", file=name) from None
 
 
 def read_json_object(path: Path, limit_bytes: int) -> dict[str, Any]:

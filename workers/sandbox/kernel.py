@@ -6,6 +6,7 @@ pages prctl(2), unshare(2), capset(2), seccomp(2), landlock(7) and the kernel's 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -76,6 +77,14 @@ def set_process_name(name: str) -> None:
     """Set the name that `ps` and `top` show; at most 15 bytes."""
     buffer = ctypes.create_string_buffer(name.encode()[:15])
     _prctl(_PR_SET_NAME, ctypes.addressof(buffer), "PR_SET_NAME")
+
+
+def yield_processor(niceness: int) -> None:
+    """Let others go first on a busy host: by `niceness`, also between sessions where the kernel groups them."""
+    os.nice(niceness)
+    # Without groups of sessions there is no such file, and niceness alone counts.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def renounce_privileges() -> None:

@@ -135,6 +135,7 @@ class Sandbox:
         should_stop: Callable[[], StopReason | None],
         credential: str | None = None,
         writable: Sequence[Path] = (),
+        niceness: int = 0,
         poll_s: float = 0.5,
     ) -> ChildResult:
         """Run `target` ("package.module:function") in a child and block until all its processes are gone.
@@ -142,6 +143,7 @@ class Sandbox:
         The child may write into `step_dir`'s `output/` (its outputs), `home/` and `scratch/` (also its working
         directory), and into the existing folders named in `writable`; its log is `step_dir/log.txt`. Without
         network it may read its inputs and those folders, and of the rest only the system and the interpreter.
+        With `niceness` (0 to 19) it lets other processes of a busy host go first.
         `credential` reaches the function as `params["credential"]`. `should_stop` is called every `poll_s` seconds
         in this thread; what it or `on_progress` raises ends the run and is raised here. Every end of the child
         itself is a `ChildResult`.
@@ -160,6 +162,7 @@ class Sandbox:
             "scratch_dir": str(folders["scratch"]),
             "writable": [str(folder.absolute()) for folder in [*folders.values(), *writable]],
             "network": network,
+            "niceness": niceness,
             "credential": credential,
             "environment": build_child_environment(folders["home"], folders["scratch"], self._threads, network=network),
             "deadline_s": limits.deadline_s,

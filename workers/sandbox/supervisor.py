@@ -43,6 +43,8 @@ def supervise(run_end: socket.socket) -> None:
         request = DocumentReader(run_end).read_document()
     except EOFError:
         return
+    if request["niceness"]:
+        kernel.yield_processor(request["niceness"])
     _Supervisor(run_end, request).run()
 
 

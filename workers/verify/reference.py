@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from service import user_files
 from service.errors import CheckpointInvalid, EdgeKilnError, EvaluationInvalid
 from workers.convert.tokenizer_samples import SAMPLES as TOKENIZER_SAMPLES
 from workers.steps import Progress, run_by_hand
-from workers.verify import conversations, probe, scoring, source_conversations, user_files
+from workers.verify import conversations, probe, scoring, source_conversations
 from workers.verify.conversations import Rendered
 from workers.verify.probe import Generation
 from workers.verify.source import Source, describe_prompt, generate, open_source, require_finite, write_tokenizer
@@ -54,7 +55,8 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
     context_length = int(params["context_length"])
     progress("opening the source", 0.0)
     evaluation = user_files.read_evaluation(find_upload(inputs, "evaluation"), checkpoint)
-    own_text = user_files.read_text(find_upload(inputs, "perplexity_text"))
+    text_upload = find_upload(inputs, "perplexity_text")
+    own_text = user_files.read_perplexity_text(text_upload) if text_upload else None
     source = open_source(checkpoint)
     write_tokenizer(source.tokenizer, output_dir / TOKENIZER_FILE)
     asked = conversations.ask_alone([prompt for prompt, _ in evaluation[:REPLIED_EVALUATIONS]])
@@ -111,7 +113,7 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
 
 def find_upload(inputs: Mapping[str, Path], name: str) -> Path | None:
     """Return the file that the user uploaded under a name, if any."""
-    return inputs[name] / "upload" if name in inputs else None
+    return inputs[name] / user_files.UPLOAD_FILE if name in inputs else None
 
 
 def describe_quality(document: Mapping[str, Any], text_windows: Sequence[scoring.Window]) -> dict[str, float | int]:

@@ -5,7 +5,6 @@ Owns every call of the source's model and tokenizer. Must not know the probe. Ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.errors import CheckpointInvalid, TokenizerUnsupported
-from workers.verify import openelm, probe
+from workers.verify import probe
 from workers.verify.probe import Generation
-
-openelm.register()
-
-#: Parts of a `tokenizer.json` that decide how a text becomes pieces and pieces a text.
-_SPLITTING = ("normalizer", "pre_tokenizer", "decoder")
+from workers.verify.source_tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Source:
     model: Any
     tokenizer: Any
     stop_tokens: frozenset[int]
-    #: Parts of the tokenizer that had to be read from `tokenizer.json`; see `restore_splitting`.
+    #: Parts of the tokenizer that had to be read from `tokenizer.json`; see `open_tokenizer`.
     restored: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
@@ -59,28 +53,9 @@ class Source:
 
 def open_source(checkpoint: Path) -> Source:
     """Open model and tokenizer from local files, without remote code."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    restored = restore_splitting(tokenizer, checkpoint / "tokenizer.json")
+    tokenizer, restored = open_tokenizer(checkpoint)
     model = open_model(checkpoint)
     return Source(model, tokenizer, frozenset(find_stop_tokens(model, tokenizer)), restored)
-
-
-def restore_splitting(tokenizer: Any, file: Path) -> tuple[str, ...]:
-    """Let the tokenizer split texts as `tokenizer.json` says; returns which parts transformers had replaced.
-
-    For some architectures transformers 5.23 (`AutoTokenizer`) puts its own class's normalizer and splitting in the
-    place of the file's, whatever class the checkpoint names; Qwen 2 is one. Bundles and every other reader of the file
-    follow the file, and so must the source that they are held against.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not file.is_file():
-        return ()
-    stated = Tokenizer.from_file(str(file))
-    parts = json.loads(stated.to_str()), json.loads(backend.to_str())
-    replaced = tuple(part for part in _SPLITTING if parts[0].get(part) != parts[1].get(part))
-    for part in replaced:
-        setattr(backend, part, getattr(stated, part))
-    return replaced
 
 
 def open_model(checkpoint: Path) -> Any:

@@ -89,7 +89,8 @@ def test_what_cannot_work_is_refused_before_anything_starts(
         ("--recipe-file", b"[{", "not JSON"),
         ("--recipe-file", b"{}", "own_recipes.mine"),
         ("--recipe-file", b"[{}]", "recipe_invalid"),
-        ("--recipe-file", b"[" * 100_000, "not JSON"),
+        ("--recipe-file", b'[{"a": 1, "a": 2}]', "the key 'a' twice"),
+        ("--recipe-file", b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(

@@ -11,14 +11,14 @@ from service.ledger.plan import RESOURCE_CLASSES
 from workers import catalog
 from workers.catalog import CATALOG, PRELOADS, StepCode, read_toolchain
 
-ROOT = Path(catalog.__file__).parent
+ROOT = Path(catalog.__file__).parents[1]
 #: What every step shares and what decides no output byte.
-NEUTRAL = {"steps.py", "__init__.py"}
+NEUTRAL = {"workers/steps.py", "workers/__init__.py"}
 
 
 def path_of(module: str) -> Path | None:
     """The file of a module of `workers`, if it is one."""
-    base = ROOT.joinpath(*module.split(".")[1:])
+    base = ROOT.joinpath(*module.split("."))
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):
         if candidate.exists():
             return candidate
@@ -50,7 +50,7 @@ def test_a_revision_covers_every_module_that_the_step_imports(kind: str) -> None
     assert target
     missing = imported_files(target, set()) - covered
     assert {str(path.relative_to(ROOT)) for path in missing} - NEUTRAL - {
-        f"{room}/__init__.py" for room in ("convert", "devices", "fetch", "verify")
+        f"workers/{room}/__init__.py" for room in ("convert", "devices", "fetch", "verify")
     } == set()
 
 
@@ -60,10 +60,10 @@ def test_every_kind_but_publish_is_in_the_catalog() -> None:
 
 
 def test_a_changed_byte_changes_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "convert").mkdir()
-    source = tmp_path / "convert" / "quantize.py"
+    (tmp_path / "workers" / "convert").mkdir(parents=True)
+    source = tmp_path / "workers" / "convert" / "quantize.py"
     monkeypatch.setattr(catalog, "_ROOT", tmp_path)
-    code = StepCode("workers.convert.quantize:run", "light", ("convert/quantize.py",))
+    code = StepCode("workers.convert.quantize:run", "light", ("workers/convert/quantize.py",))
     revisions = set()
     for text in ("x = 1", "x = 2"):
         source.write_text(text)

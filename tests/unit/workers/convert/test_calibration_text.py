@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from service.errors import CalibrationInvalid, ChatTemplateInvalid
-from workers.convert import calibration_text
+from service.user_files import MAX_TEXT_BYTES
 from workers.convert.calibration_text import CalibrationText, read_calibration_text
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "addition"
@@ -109,12 +109,12 @@ def test_long_and_many_prompts_are_cut_and_said(checkpoint: Path) -> None:
     ("content", "reason"),
     [
         (None, "were not uploaded"),
-        (b"", "are empty"),
-        (b" \n\t\n", "are empty"),
-        (b"GIF89a\x01\0", r"are binary \(a zero byte at 7\)"),
-        (b"abc \xff def", r"are not UTF-8 \(byte 4\)"),
-        ("größer".encode("utf-16"), "are binary|are not UTF-8"),
-        (b"x" * (calibration_text.MAX_DATA_BYTES + 1), "at most 16777216 are read"),
+        (b"", "empty"),
+        (b" \n\t\n", "empty"),
+        (b"GIF89a\x01\0", r"binary \(a zero at character 7\)"),
+        (b"abc \xff def", r"not UTF-8 text \(line 1, byte 4\)"),
+        ("größer".encode("utf-16"), "binary|not UTF-8"),
+        (b"x" * (MAX_TEXT_BYTES + 1), "more than 16777216 bytes"),
     ],
     ids=["missing", "empty", "blank", "binary", "latin1", "utf16", "huge"],
 )
@@ -127,7 +127,7 @@ def test_data_of_the_wrong_kind_are_refused(checkpoint: Path, kind: str, content
     "line", ["plain text", "[1]", '{"text": "x"}', '{"prompt": 7}', '{"prompt": ""}', "[" * 100_000, '{"prompt": "x"']
 )
 def test_a_line_that_is_no_prompt_is_named(checkpoint: Path, line: str) -> None:
-    with pytest.raises(CalibrationInvalid, match="Line 3 of the calibration data is not") as refusal:
+    with pytest.raises(CalibrationInvalid, match="The calibration data, line 3: not") as refusal:
         read(checkpoint, "prompts", b'{"prompt": "1+1="}\n\n' + line.encode())
     assert refusal.value.details["line"] == 3
 

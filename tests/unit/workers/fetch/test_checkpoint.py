@@ -356,13 +356,13 @@ def test_evaluation_examples_are_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no examples"),
-        ("\n\n", "no examples"),
-        ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n', "line 2, is not"),
-        ('{"prompt": "a", "answer": ""}', "line 1, is not"),
-        ('{"prompt": 1, "answer": "b"}', "line 1, is not"),
-        ("[1]", "line 1, is not"),
-        ('{"prompt": "a", "answer"', "line 1, is not JSON"),
+        ("", "no prompt"),
+        ("\n\n", "no prompt"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n', "line 2: not"),
+        ('{"prompt": "a", "answer": ""}', "line 1: not"),
+        ('{"prompt": 1, "answer": "b"}', "line 1: not"),
+        ("[1]", "line 1: not"),
+        ('{"prompt": "a", "answer"', "line 1: not.*it is not JSON"),
     ],
 )
 def test_malformed_evaluation_names_its_line(folder: Path, text: str, reason: str) -> None:

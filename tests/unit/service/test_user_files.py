@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from service import user_files
 from service.errors import CheckpointInvalid, EvaluationInvalid
-from workers.verify import user_files
 
 GOOD = b'{"prompt": "1+2=", "answer": "3"}\n'
 
@@ -19,8 +19,8 @@ def write(folder: Path, data: bytes) -> Path:
 def test_an_upload_takes_the_place_of_the_checkpoints_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evaluation.jsonl").write_bytes(b'{"prompt": "a", "answer": "b"}\n')
     assert user_files.read_evaluation(None, tmp_path) == [("a", "b")]
-    upload = write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + '{"prompt": "ü\u2028", "answer": ""}'.encode())
-    assert user_files.read_evaluation(upload, tmp_path) == [("1+2=", "3"), ("ü\u2028", "")]
+    upload = write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\n" + '{"prompt": "ü\u2028", "answer": "v"}'.encode())
+    assert user_files.read_evaluation(upload, tmp_path) == [("1+2=", "3"), ("ü\u2028", "v")]
 
 
 def test_no_evaluation_is_none(tmp_path: Path) -> None:
@@ -30,13 +30,14 @@ def test_no_evaluation_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "match"),
     [
-        (b'{"prompt": "1+1="}', "line 2 is not"),
-        (b"no json", "line 2 is not"),
-        (b'["1+1=", "2"]', "line 2 is not"),
+        (b'{"prompt": "1+1="}', "line 2: not"),
+        (b"no json", "line 2: not"),
+        (b'["1+1=", "2"]', "line 2: not"),
         (b'{"prompt": "a", "prompt": "b", "answer": "2"}', "line 2.*twice"),
         (b'{"prompt": "a", "answer": NaN}', "line 2.*NaN"),
-        (b'{"prompt": "", "answer": "2"}', "line 2.*not empty"),
-        (b'{"prompt": "a", "answer": 2}', "line 2.*must be texts"),
+        (b'{"prompt": "", "answer": "2"}', "line 2.*none empty"),
+        (b'{"prompt": "1+1=", "answer": ""}', "line 2.*none empty"),
+        (b'{"prompt": "a", "answer": 2}', "line 2.*with texts"),
         (b'{"prompt": "\\ud800", "answer": "2"}', "line 2.*surrogate"),
         (b'{"prompt": "\xff", "answer": "2"}', "not UTF-8 text .line 2"),
         (b"[" * 5000, "line 2.*nested"),
@@ -54,9 +55,9 @@ def test_a_bad_line_is_named(tmp_path: Path, second: bytes, match: str) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"\n \n", "holds no prompt"),
+        (b"\n \n", "there is no prompt"),
         (GOOD * (user_files.MAX_EVALUATION_PAIRS + 1), f"line {user_files.MAX_EVALUATION_PAIRS + 1}: there are more"),
-        (b" " * (user_files.MAX_EVALUATION_BYTES + 1), "has more than"),
+        (b" " * (user_files.MAX_EVALUATION_BYTES + 1), "more than"),
     ],
 )
 def test_an_evaluation_has_bounds(tmp_path: Path, data: bytes, match: str) -> None:
@@ -66,13 +67,12 @@ def test_an_evaluation_has_bounds(tmp_path: Path, data: bytes, match: str) -> No
 
 @pytest.mark.parametrize(
     ("data", "match"),
-    [(b"", "empty"), (b" \n", "empty"), (b"a\n\xff", "not UTF-8 text .line 2"), (b"a\0b", "zero characters")],
+    [(b"", "empty"), (b" \n", "empty"), (b"a\n\xff", "not UTF-8 text .line 2"), (b"a\0b", "binary")],
 )
 def test_a_text_that_is_none_is_refused(tmp_path: Path, data: bytes, match: str) -> None:
     with pytest.raises(EvaluationInvalid, match=match):
-        user_files.read_text(write(tmp_path, data))
+        user_files.read_perplexity_text(write(tmp_path, data))
 
 
 def test_a_text_is_read_as_it_is(tmp_path: Path) -> None:
-    assert user_files.read_text(write(tmp_path, b"Ein Ofen.\n")) == "Ein Ofen.\n"
-    assert user_files.read_text(None) is None
+    assert user_files.read_perplexity_text(write(tmp_path, b"Ein Ofen.\n")) == "Ein Ofen.\n"
