@@ -11,7 +11,8 @@ from litert_torch.generative.layers import kv_cache
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.families.cases import CASES, Case
+from service.errors import CheckpointInvalid
+from tests.families.cases import CASES, Case, find_case
 from workers.convert import architectures, reauthored
 from workers.fetch import plan
 from workers.verify.source import open_model, open_source
@@ -68,8 +69,9 @@ def test_every_checkpoint_is_understood_before_anything_is_loaded(case: Case, tm
     facts = plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_config(config)
-    # Gemma 4 stores one number a layer that it does not train.
-    scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+    # Gemma 4 and Apertus store single numbers that they do not train.
+    parameters = {name for name, _ in model.named_parameters()}
+    scalars = [name for name, tensor in model.state_dict().items() if tensor.numel() == 1 and name not in parameters]
     assert facts["architecture"] == case.architecture
     assert facts["parameters"] == model.num_parameters() + len(scalars)
     assert facts["layers"] == config.num_hidden_layers
@@ -115,3 +117,32 @@ def test_a_window_shows_in_the_logits(tmp_path: Path) -> None:
     whole = compute_ours(checkpoint)
     assert torch.equal(windowed[:, :24], whole[:, :24])
     assert measure_difference(windowed[:, 24:], whole[:, 24:]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": (96, 64)}, r"up_proj.weight' has shape \[96, 64\]; .* \[128, 64\]"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, "lack 1 tensors that config.json demands: model.layers.1.mlp.up"),
+        ({"model.layers.1.mlp.extra.weight": (4, 4)}, "1 tensors that config.json gives no place: model.layers.1.mlp"),
+    ],
+    ids=["shape", "missing", "extra"],
+)
+def test_weights_that_only_transformers_knows_are_compared_when_opened(
+    tmp_path: Path, change: dict[str, tuple[int, ...] | None], reason: str
+) -> None:
+    checkpoint = find_case("olmo2").write(tmp_path / "c", has_tokenizer=False)
+    open_model(checkpoint)
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path) | {name: torch.ones(shape) for name, shape in change.items() if shape}
+    save_file({name: tensor for name, tensor in tensors.items() if change.get(name, ()) is not None}, path)
+    with pytest.raises(CheckpointInvalid, match=reason):
+        open_model(checkpoint)
+
+
+def test_their_embedding_is_compared_before_anything_is_loaded(tmp_path: Path) -> None:
+    checkpoint = find_case("olmo2").write(tmp_path / "c")
+    path = checkpoint / "model.safetensors"
+    save_file({**load_file(path), "model.embed_tokens.weight": torch.ones(512, 48)}, path)
+    with pytest.raises(CheckpointInvalid, match=r"embed_tokens.weight' has shape \[512, 48\]"):
+        plan.run({"engines": ["auto"], "formats": ["tflite"]}, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import BYTE_TOKENS, LLAMA3_ROPE_SCALING, TokenizerKind, WeightsDtype, write_checkpoint
+from workers.convert.architectures.as_built import AS_BUILT
 
 _THETA = {"rope_type": "default", "rope_theta": 20_000.0}
 _LONGROPE = {
@@ -42,6 +43,20 @@ _TOKENIZERS = {
 }
 #: GPT-2's own names of the sizes.
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True}
+
+#: What families of `as_built` have beside the sizes that all are given.
+_WINDOWS = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+_AS_BUILT: dict[str, dict[str, Any]] = {
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {**_WINDOWS, "head_dim": 32, "tie_word_embeddings": True},
+    "cwm": {**_WINDOWS, "head_dim": 32},
+    "exaone4": _WINDOWS,
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral": {**_WINDOWS, "head_dim": 16},
+    "olmo3": _WINDOWS,
+    "vaultgemma": {**_WINDOWS, "head_dim": 16, "tie_word_embeddings": True},
+}
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,9 @@ CASES: tuple[Case, ...] = (
     Case("gpt2", "GPT2LMHeadModel", _GPT2, "float32", about="tied, learned positions, transposed matrices"),
     Case("gpt2-unscaled", "GPT2LMHeadModel", {**_GPT2, "scale_attn_weights": False, "n_inner": 96,
          "activation_function": "gelu"}, is_converted=False),
+    *(Case(each.name, each.architecture, {"pad_token_id": 0, **_AS_BUILT.get(each.name, {})},
+           about="windows in some layers" if "layer_types" in _AS_BUILT.get(each.name, {}) else "")
+      for each in AS_BUILT),
 )  # fmt: skip
 
 

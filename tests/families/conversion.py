@@ -17,11 +17,14 @@ from service.settings import Settings
 from tests.families.cases import Case
 from tests.kiln import Document, Kiln, fired_up
 from workers.convert.architectures import FAMILIES
+from workers.convert.architectures.as_built import AS_BUILT
 
 CONTEXT_LENGTH = 128
 PREFILL_LENGTHS = (16, 64)
 #: Asked of every case.
 RECIPES_OF_ALL = ("none", "dynamic_int8", "weight_only_int8", "dynamic_int4")
+#: Asked of families that transformers alone describes, in two formats: what the exporter takes, recipes do not change.
+RECIPES_OF_AS_BUILT = ("none", "dynamic_int8")
 #: Cases that are asked for all other recipes too.
 CASES_OF_ALL_RECIPES = ("llama-3.2", "gemma3")
 #: Two conversions at a time, on as many cores; the rest as operators have it, for a test's kiln is impatient.
@@ -76,11 +79,19 @@ def fired_for_families(folder: Path) -> Iterator[Kiln]:
 
 def list_formats(case: Case) -> tuple[str, ...]:
     """Return the formats that the case's tokenizer can have: pieces with scores cannot be rebuilt as SentencePiece."""
-    return ("tflite", "litertlm") if case.tokenizer == "unigram" else ("tflite", "litertlm", "task")
+    is_short = case.tokenizer == "unigram" or is_as_built(case)
+    return ("tflite", "litertlm") if is_short else ("tflite", "litertlm", "task")
+
+
+def is_as_built(case: Case) -> bool:
+    """Return whether the case's family is read by `workers.convert.architectures.as_built`."""
+    return case.architecture in {each.architecture for each in AS_BUILT}
 
 
 def list_recipes(case: Case) -> list[tuple[str, ...]]:
     """Return the recipes of each job of a case; a recipe that not all are asked for has a job of its own."""
+    if is_as_built(case):
+        return [RECIPES_OF_AS_BUILT]
     others = [name for name in RECIPES if name not in RECIPES_OF_ALL] if case.name in CASES_OF_ALL_RECIPES else []
     return [RECIPES_OF_ALL, *((name,) for name in others)]
 

@@ -46,7 +46,7 @@ bundled, run in LiteRT-LM and judged by the default gates as any job is (context
 A variant is published in all its formats or in none. For `none` its cell shows the largest error of a logit over
 the range of logits, for other recipes the mean KL divergence from the source in nats. *Refused* names what missed a
 default gate. Few bits leave little of small random matrices ([decision 5](decisions/0005-default-gates.md)), so a
-refusal here is about these weights, not about the model.
+refusal here is about these weights, not about the model. `-` was not asked for.
 
 ## Families
 """

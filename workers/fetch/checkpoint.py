@@ -15,7 +15,7 @@ from typing import Any
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from service.user_files import read_evaluation
 from workers.convert.architectures import FAMILIES, DecoderShape, Family, find_family
-from workers.convert.architectures.parameters import complete_names, find_embedding, find_output
+from workers.convert.architectures.parameters import complete_names, describe_stored, find_embedding, find_output
 from workers.fetch.chat_template import list_templates, try_template
 from workers.fetch.decoder_weights import require_bounds
 from workers.fetch.needed_files import SourceFile, choose_needed
@@ -75,7 +75,10 @@ def read_checkpoint(folder: Path, progress: Progress, *, is_code_ignored: bool =
     headers = read_headers(folder)
     entries = {tensor.name: tensor for header in headers for tensor in header.tensors}
     stored = complete_names(shape, entries)
-    weights = require_weights(shape, {name: entries[written] for name, written in stored.items()})
+    tensors = {name: entries[written] for name, written in stored.items()}
+    if shape.has_open_weights:
+        shape = describe_stored(shape, {name: tensor.shape for name, tensor in tensors.items()})
+    weights = require_weights(shape, tensors)
     templates = list_templates(folder, tokenizer_config)
     for place, template in templates.items():
         progress(f"trying the chat template in {place}", None)

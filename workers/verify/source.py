@@ -5,7 +5,7 @@ Owns every call of the source's model and tokenizer. Must not know the probe. Ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,39 @@ def open_model(checkpoint: Path) -> Any:
     """
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     has_soft_limit = getattr(config, "attn_logit_softcapping", None) is not None
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         checkpoint,
+        output_loading_info=True,
+        # They are told with the others that do not fit.
+        ignore_mismatched_sizes=True,
         dtype=torch.float32,
         attn_implementation="eager" if has_soft_limit else "sdpa",
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
     )
+    _require_loaded(loaded)
     return model.eval()
+
+
+def _require_loaded(loaded: Mapping[str, Any]) -> None:
+    """Raise `CheckpointInvalid` unless every weight that the class has was found, of its shape, and no other."""
+    if loaded["mismatched_keys"]:
+        name, found, expected = sorted(loaded["mismatched_keys"])[0]
+        raise CheckpointInvalid(
+            f"The tensor {name!r} has shape {list(found)}; config.json demands {list(expected)}.",
+            tensor=name,
+            found_shape=list(found),
+            expected_shape=list(expected),
+        )
+    for key, sentence in (
+        ("missing_keys", "The weights lack {count} tensors that config.json demands: {names}."),
+        ("unexpected_keys", "The weights hold {count} tensors that config.json gives no place: {names}."),
+    ):
+        names = sorted(loaded[key])
+        if names:
+            shown = ", ".join(names[:5])
+            raise CheckpointInvalid(sentence.format(count=len(names), names=shown), tensors=names[:20])
 
 
 def find_stop_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -30,6 +30,7 @@ from workers.convert.architectures import (
     qwen3,
     smollm3,
 )
+from workers.convert.architectures.as_built import AS_BUILT
 from workers.convert.architectures.shape import DecoderShape, Rope
 
 __all__ = ["FAMILIES", "UNCONVERTIBLE", "DecoderShape", "Family", "Rope", "find_family", "read_shape"]
@@ -55,20 +56,48 @@ _BOTH = ("reauthored", "traced")
 _REAUTHORED = ("reauthored",)
 _TRACED = ("traced",)
 
-#: Measured on small models of each family, and with 4 layers of 256 channels on Qwen2 and Gemma 3.
+#: Measured on a small model of each family (docs/supported.md) and on TinyLlama's shape (docs/memory.md).
 _EQUAL = (
-    "the logits of both engines differ from the source's by less than 1e-6 of their range, and both decode equally "
-    "fast (0.28 ms a token on 4 layers of 256 channels), but its file is smaller by 1 to 3 percent"
+    "the logits of both engines differ from the source's by less than 1e-6 of their range, but its file is smaller (by "
+    "3 to 11 percent on small models), and it reads the weights where they lie: 1 GiB of memory for 1.1 billion "
+    "parameters, of which the other engine holds three to four copies"
 )
 _NO_WINDOWS = "the other engine's exporter takes neither its window nor wavelengths that change with the text's length"
 _NO_ATTENTION = "its class in transformers does not let the other engine's attention in"
-_NO_KEY_VALUE_HEADS = "the other engine's exporter asks for key-value heads, which its config does not name"
+_ASKED_HEADS = "exporter asks for key-value heads, which its config does not name"
+_NO_KEY_VALUE_HEADS = f"the other engine's {_ASKED_HEADS}"
 _NO_CLASS = "the other engine needs a class of transformers, which has none"
 _UNTRIED = "the other engine is not tried with its window"
 _UNLIKE = "its layers are unlike any that the other engine rebuilds; the logits differ by less than 1e-6 of their range"
 
+_UNDESCRIBED = "the other engine has no description of its layers; the logits differ by less than 3e-6 of their range"
+
+_EXPERTS = "choosing its experts becomes the operator 'aten.histc', which the converter lacks"
+_NO_MASK = "its class in transformers does not pass on the positions that the exporter's attention needs"
+_TWO_SIZES = "its keys and values differ in size, and the exporter's cache has one size"
+
 #: Architectures of the field that no engine converts, and why.
 UNCONVERTIBLE: dict[str, str] = {
+    **dict.fromkeys(
+        ("BloomForCausalLM", "GPTNeoXForCausalLM", "MptForCausalLM", "OPTForCausalLM", "PersimmonForCausalLM"),
+        f"the {_ASKED_HEADS}",
+    ),
+    **dict.fromkeys(
+        (
+            "Ernie4_5_MoeForCausalLM",
+            "Glm4MoeForCausalLM",
+            "GptOssForCausalLM",
+            "GraniteMoeForCausalLM",
+            "MixtralForCausalLM",
+            "OlmoeForCausalLM",
+            "PhimoeForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3MoeForCausalLM",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("NemotronForCausalLM", "StableLmForCausalLM"), _NO_MASK),
+    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM"), _TWO_SIZES),
     "Qwen3_5ForCausalLM": "its linear attention becomes the operator 'gated_delta_update', which the interpreter lacks "
     "on CPUs, and LiteRT-LM 0.18.1 has no buffers for its states (kv_cache_r)",
     "Gemma3ForConditionalGeneration": "it holds an image encoder; submit its text model as Gemma3ForCausalLM",
@@ -108,6 +137,10 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3n_text", "Gemma3nForCausalLM", "Gemma 3n, text", gemma3n.read_shape, _TRACED, _UNLIKE),
         Family("gemma4_text", "Gemma4ForCausalLM", "Gemma 4, text", gemma4.read_shape, _TRACED, _UNLIKE),
         Family("lfm2", "Lfm2ForCausalLM", "LFM2", lfm2.read_shape, _TRACED, _UNLIKE),
+        *(
+            Family(each.name, each.architecture, each.models, each.read_shape, _TRACED, _UNDESCRIBED)
+            for each in AS_BUILT
+        ),
     )
 }
 

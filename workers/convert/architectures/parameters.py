@@ -7,7 +7,7 @@ opened, `workers.convert.reauthored` fills the model by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from workers.convert.architectures.shape import DecoderShape
@@ -50,6 +50,17 @@ def list_parameters(shape: DecoderShape) -> Iterator[Parameter]:
 def leave_undescribed(shape: DecoderShape) -> DecoderShape:
     """Return the shape with nothing but its weights described, for a family that is stored so and computes more."""
     return replace(shape, tensors=tuple(each for parameter in list_parameters(shape) for each in parameter.tensors))
+
+
+def describe_stored(shape: DecoderShape, stored: Mapping[str, tuple[int, ...]]) -> DecoderShape:
+    """Return the shape with the stored weights (full name -> extents) as those that it must have, and its embedding.
+
+    An output layer beside tied embeddings is none of them.
+    """
+    left_out = {find_output(shape)} if shape.tied_embeddings else set()
+    tensors = {name: extents for name, extents in stored.items() if name not in left_out}
+    embedding = {find_embedding(shape): (shape.vocabulary_size, shape.hidden_size)}
+    return replace(shape, tensors=tuple((tensors | embedding).items()))
 
 
 def list_row_lengths(shape: DecoderShape) -> dict[str, int]:

@@ -134,6 +134,8 @@ class DecoderShape:
     #: Names and shapes of all weights of a model that only `traced` converts; what its layers compute is then not
     #: described here.
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    #: Whether only transformers knows which weights there must be; `plan` takes those that are stored.
+    has_open_weights: bool = False
 
     def find_sizes(self, layer: int) -> LayerSizes:
         """Return the sizes of a layer."""

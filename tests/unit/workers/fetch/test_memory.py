@@ -62,7 +62,7 @@ MEASURED: list[tuple[str, str, int]] = [
     ("wide", "verify:weight_only_int8:tflite", 2306),
     ("wide", "verify:dynamic_int4:tflite", 351),
     ("tinyllama1b", "reference", 4926),
-    ("tinyllama1b", "convert:reauthored", 1082),
+    ("tinyllama1b", "convert:reauthored", 1022),
     ("tinyllama1b", "quantize:dynamic_int8", 1236),
     ("tinyllama1b", "bundle", 92),
     ("tinyllama1b", "verify:dynamic_int8:tflite", 2445),
