@@ -20,18 +20,6 @@ from service.storage import blob_key
 from tests.api_world import ARTIFACT_BYTES, World, make_world
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with make_world(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-def http(world: World) -> Iterator[TestClient]:
-    with world.http() as client:
-        yield client
-
-
 @dataclass(frozen=True)
 class Shop:
     """A service with one published artifact, for tests that only look."""

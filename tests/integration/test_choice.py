@@ -146,13 +146,6 @@ def url(shop: Shop) -> Iterator[str]:
         yield served
 
 
-@pytest.fixture
-def run(url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("EDGEKILN_URL", url)
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
-
-
 def test_the_sdk_compares_and_picks(shop: Shop, url: str) -> None:
     with Client(url) as client:
         assert client.compare(shop.job_id) == get(shop, "comparison").json()

@@ -20,28 +20,9 @@ from service.client import Client
 from service.errors import BlobCorrupt, CheckpointInvalid, NotFound
 from service.ledger import access
 from service.storage import blob_key
-from tests.api_world import World, make_world
+from tests.api_world import World
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with make_world(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-def url(world: World) -> Iterator[str]:
-    with world.server() as served:
-        yield served
-
-
-@pytest.fixture
-def run(url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("EDGEKILN_URL", url)
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

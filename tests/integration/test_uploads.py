@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,10 @@ from service.client import Client
 from service.errors import InvalidRequest, PayloadTooLarge, UploadNotFound
 from service.ledger import access
 from service.storage import blob_key
-from tests.api_world import World, make_world
+from tests.api_world import World
 
 TEXT = b'{"prompt": "1+2=", "answer": "3"}\n' * 100
 DIGEST = hashlib.sha256(TEXT).hexdigest()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with make_world(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-def http(world: World) -> Iterator[TestClient]:
-    with world.http() as client:
-        yield client
 
 
 def test_the_same_bytes_are_stored_once(world: World, http: TestClient) -> None:
