@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     #: Folders below which a REST request may name a source.
     source_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    #: How processes write their own logs to standard error: lines for people, or JSON for collectors.
+    log_format: Literal["text", "json"] = "text"
+    #: Address of metrics for Prometheus, and their ports in the API and in a worker; 0 means none.
+    metrics_host: str = "127.0.0.1"
+    api_metrics_port: int = Field(default=0, ge=0, le=65535)
+    worker_metrics_port: int = Field(default=0, ge=0, le=65535)
     #: Largest request body.
     max_body_bytes: int = Field(default=1024**2, ge=1024)
     #: Largest upload (calibration text, prompts, evaluation files).

@@ -5,26 +5,27 @@ Importing this module makes no connection and no child; the worker process is bu
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from celery.signals import worker_init, worker_process_shutdown, worker_ready, worker_shutdown, worker_shutting_down
 
+from service.metrics import serve_metrics
+from service.process_log import begin_log
 from service.queue import Poker, make_app
 from service.settings import load_settings
+from workers.metrics import REGISTRY
 from workers.process import WorkerProcess
 from workers.tasks import register
 
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-logging.getLogger("alembic").setLevel(logging.WARNING)
-
 _settings = load_settings()
+begin_log(_settings.log_format)
 app = make_app(_settings)
 _processes: list[WorkerProcess] = []
 
 
 @worker_init.connect
 def _build(**_: Any) -> None:
+    serve_metrics(REGISTRY, _settings.metrics_host, _settings.worker_metrics_port)
     process = WorkerProcess(_settings, Poker(app))
     _processes.append(process)
     register(app, process)

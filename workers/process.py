@@ -90,6 +90,12 @@ class WorkerProcess:
 
     def prune(self) -> None:
         """Remove what ledger and store need not keep: old bookkeeping, unused files, remains of unfinished uploads."""
+        try:
+            self._prune()
+        except (SQLAlchemyError, EdgeKilnError) as error:
+            log.warning("housekeeping could not be done; the next round will: %s", error)
+
+    def _prune(self) -> None:
         housekeeping.prune(self.database)
         wait_s = self._settings.condemned_s
         self.store.abort_stale_uploads(older_than_s=wait_s)

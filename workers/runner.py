@@ -39,11 +39,13 @@ from service.ledger import claims, fleet, results
 from service.ledger.blobs import Reprieves, commit_uploaded
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, digest_json
+from service.process_log import bound
 from service.settings import Settings
 from service.storage import ObjectStore
 from workers.catalog import CATALOG
 from workers.fetch.partial_downloads import prepare_folder
 from workers.keeper import LeaseKeeper
+from workers.metrics import Outcome, record_attempt, record_memory
 from workers.publish import publish
 from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
 from workers.transfer import Transfer
@@ -104,15 +106,20 @@ class Runner:
         claim = claims.claim_next(self._database, self._worker_id, resource_class, self.policy)
         if claim is None:
             return False
-        log.info("running %s %s (token %d)", claim.kind, claim.step_id, claim.token)
+        started = time.monotonic()
+        outcome: Outcome = "lost"
         try:
-            self._run(claim)
+            with bound(step=claim.step_id, kind=claim.kind, attempt=claim.token, job=claim.job_id):
+                log.info("running")
+                outcome = self._run(claim)
         finally:
+            record_attempt(claim.kind, outcome, time.monotonic() - started)
             # A slot, or the whole host, is free again: whoever found it taken must be woken.
             self._database.poke(claims.due_classes(self._database))
         return True
 
-    def _run(self, claim: claims.Claim) -> None:
+    def _run(self, claim: claims.Claim) -> Outcome:
+        """Perform a claimed step; return how the attempt ended."""
         step_dir = self._work_dir / f"{claim.step_id}-{claim.token}"
         usage = results.Usage()
         output_dir = step_dir
@@ -135,8 +142,9 @@ class Runner:
                     else:
                         result = self._run_child(claim, step_dir, transfer, keeper)
                         usage = self._measure(result)
-                        if self._ended_by_us(claim, result, usage, transfer):
-                            return
+                        record_memory(claim.kind, claim.predicted_peak_anon_bytes, usage.peak_anon_bytes)
+                        if result.stopped is not None:
+                            return self._end_stopped(claim, result.stopped, result, usage, transfer)
                         if result.error is not None:
                             usage = self._add_log(usage, result, transfer)
                             raise result.error
@@ -145,20 +153,22 @@ class Runner:
                         usage = self._add_log(usage, result, transfer)
                         success = results.Success(result.figures or {}, outputs, usage)
                     self._finish(claim, success, output_dir, transfer, keeper)
-                    log.info("finished %s %s", claim.kind, claim.step_id)
+                    log.info("finished")
                     if claim.kind == "fetch":
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
+                    return "succeeded"
                 except (LeaseLost, *_LEDGER_AWAY):
                     raise
                 except Exception as error:
-                    self._end_badly(claim, error, usage, step_dir)
+                    return self._end_badly(claim, error, usage, step_dir)
         except LeaseLost:
-            log.warning("lost %s %s; nothing was written", claim.kind, claim.step_id)
+            log.warning("lost; nothing was written")
         except _LEDGER_AWAY as error:
             # No fault of the step: when its lease has run out it is taken up again.
-            log.warning("cannot reach the ledger to end %s %s: %s", claim.kind, claim.step_id, error)
+            log.warning("cannot reach the ledger to end the step: %s", error)
         finally:
             shutil.rmtree(step_dir, ignore_errors=True)
+        return "lost"
 
     def _check_toolchain(self, claim: claims.Claim) -> None:
         is_current = (claim.toolchain_id, claim.revision) == (
@@ -236,7 +246,7 @@ class Runner:
                 claims.report_progress(self._database, claim, message, fraction)
             except _LEDGER_AWAY as error:
                 # The keeper judges how long the step may go on without the ledger.
-                log.warning("cannot report progress of %s %s: %s", claim.kind, claim.step_id, error)
+                log.warning("cannot report progress: %s", error)
 
         return report
 
@@ -261,20 +271,22 @@ class Runner:
             log.warning("cannot store the log %s: %s", result.log_path, error)
             return usage
 
-    def _ended_by_us(self, claim: claims.Claim, result: ChildResult, usage: results.Usage, transfer: Transfer) -> bool:
-        """Deal with a child that this worker stopped; return whether it did."""
-        if result.stopped is None:
-            return False
-        if result.stopped is StopReason.SHUTDOWN:
-            self._give_back(claim)
+    def _end_stopped(
+        self, claim: claims.Claim, reason: StopReason, result: ChildResult, usage: results.Usage, transfer: Transfer
+    ) -> Outcome:
+        """Deal with a child that this worker stopped."""
+        outcome: Outcome = "stopped"
+        if reason is StopReason.SHUTDOWN:
+            outcome = self._give_back(claim)
         else:
-            log.info("stopped %s %s: cancelled or taken over", claim.kind, claim.step_id)
+            log.info("stopped: cancelled or taken over")
         results.record_usage(self._database, claim, self._add_log(usage, result, transfer))
-        return True
+        return outcome
 
-    def _give_back(self, claim: claims.Claim) -> None:
+    def _give_back(self, claim: claims.Claim) -> Outcome:
         claims.release_step(self._database, claim)
-        log.info("gave back %s %s", claim.kind, claim.step_id)
+        log.info("gave back")
+        return "given_back"
 
     def _finish(
         self, claim: claims.Claim, success: results.Success, output_dir: Path, transfer: Transfer, keeper: LeaseKeeper
@@ -296,26 +308,27 @@ class Runner:
             except _LEDGER_AWAY as error:
                 if self._shutdown.is_set():
                     raise
-                log.warning("cannot reach the ledger to finish %s %s yet: %s", claim.kind, claim.step_id, error)
+                log.warning("cannot reach the ledger to finish yet: %s", error)
             self._shutdown.wait(_LEDGER_PAUSE_S)
 
-    def _end_badly(self, claim: claims.Claim, error: Exception, usage: results.Usage, step_dir: Path) -> None:
+    def _end_badly(self, claim: claims.Claim, error: Exception, usage: results.Usage, step_dir: Path) -> Outcome:
         """Record a failure; what may be due to this worker's shutdown gives the step back instead."""
         failure = _name_failure(error)
         if isinstance(failure, RemoteError) and failure is not error:
-            log.exception("bug in %s %s", claim.kind, claim.step_id)
+            log.exception("bug")
         if self._shutdown.is_set() and (failure is not error or failure.to_json()["retryable"]):
-            self._give_back(claim)
-        else:
-            self._fail(claim, failure, usage, step_dir)
+            return self._give_back(claim)
+        return self._fail(claim, failure, usage, step_dir)
 
-    def _fail(self, claim: claims.Claim, error: EdgeKilnError, usage: results.Usage, step_dir: Path) -> None:
+    def _fail(self, claim: claims.Claim, error: EdgeKilnError, usage: results.Usage, step_dir: Path) -> Outcome:
         # The ledger may be on the disk that the step has filled: what the step holds goes before its failure is told.
         shutil.rmtree(step_dir, ignore_errors=True)
         document = error.to_json()
-        log.warning("%s %s failed: %s: %s", claim.kind, claim.step_id, document["code"], document["message"])
-        if results.fail_step(self._database, claim, error, usage, self.policy):
-            log.info("%s %s will be tried again", claim.kind, claim.step_id)
+        log.warning("failed: %s: %s", document["code"], document["message"])
+        if not results.fail_step(self._database, claim, error, usage, self.policy):
+            return "failed"
+        log.info("will be tried again")
+        return "retried"
 
 
 def _name_failure(error: Exception) -> EdgeKilnError:

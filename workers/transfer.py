@@ -20,6 +20,7 @@ from service.storage import ObjectStore, blob_key, digest_file
 from service.user_files import UPLOAD_FILE
 from workers.catalog import CATALOG
 from workers.keeper import LeaseKeeper
+from workers.metrics import record_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Transfer:
                 self._store.get_file(
                     blob_key(output.digest), path, output.digest, is_read_only=self._inputs_are_read_only
                 )
+                record_bytes("read", path.stat().st_size)
             except (BlobMissing, BlobCorrupt):
                 # Nobody may join work whose bytes are gone; a retry makes it again.
                 results.retire_step(self._database, supplier.step_id)
@@ -123,4 +125,5 @@ class Transfer:
         """Upload one file; the child that wrote it has ended, with all its processes."""
         digest, size_bytes = digest_file(path)
         self._store.put_file(blob_key(digest), path, digest, is_final=True)
+        record_bytes("written", size_bytes)
         return OutputFile(name, digest, size_bytes)

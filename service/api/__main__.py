@@ -6,17 +6,19 @@ Started by `service.supervisor`, which hands over a listening socket (`--fd`), o
 from __future__ import annotations
 
 import argparse
-import logging
 import socket
 import sys
 from types import FrameType
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from service.api.app import make_app
 from service.api.context import Context
 from service.errors import EdgeKilnError
 from service.ledger.database import Database, migrate
+from service.metrics import LedgerCollector, serve_metrics
+from service.process_log import begin_log
 from service.queue import Poker
 from service.queue import make_app as make_queue
 from service.settings import Settings, load_settings
@@ -43,13 +45,17 @@ def serve(settings: Settings, listener: socket.socket | None = None) -> None:
     migrate(settings.ledger_url)
     store = open_configured_store(settings)
     database = Database(settings.ledger_url, Poker(make_queue(settings)))
+    registry = CollectorRegistry()
+    registry.register(LedgerCollector(database))
     try:
+        serve_metrics(registry, settings.metrics_host, settings.api_metrics_port)
         app = make_app(settings, database, store)
         config = uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
-            log_level="info",
+            # Its loggers speak as all others do.
+            log_config=None,
             # Addresses in forwarded headers are claims, and nothing here depends on them.
             proxy_headers=False,
             server_header=False,
@@ -66,9 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m service.api", description="Serve the EdgeKiln API.")
     parser.add_argument("--fd", type=int, help="file descriptor of a listening socket to take over")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        serve(load_settings(), None if arguments.fd is None else socket.socket(fileno=arguments.fd))
+        settings = load_settings()
+        begin_log(settings.log_format)
+        serve(settings, None if arguments.fd is None else socket.socket(fileno=arguments.fd))
     except EdgeKilnError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)
         return 1

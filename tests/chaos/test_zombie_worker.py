@@ -36,8 +36,9 @@ def test_a_worker_that_wakes_after_its_lease_writes_nothing(fire: Fire, checkpoi
     os.kill(zombie, signal.SIGCONT)
     plan = kiln.step(job_id, "plan")
     assert plan is not None
-    endings = (f"lost plan {plan['id']}; nothing was written", f"stopped plan {plan['id']}: cancelled or taken over")
-    wait_for(lambda: any(ending in kiln.worker_log for ending in endings), "the zombie has noticed")
+    endings = ("lost; nothing was written", "stopped: cancelled or taken over")
+    about = f" step={plan['id']} kind=plan"
+    wait_for(lambda: any(ending + about in kiln.worker_log for ending in endings), "the zombie has noticed")
 
     assert kiln.worker_pid == zombie
     assert read_state(kiln) == before
