@@ -249,6 +249,10 @@ class Client:
         """Return what a job may ask for: recipes, formats, engines, devices, gates."""
         return self._call("GET", "/v1/recipes")
 
+    def health(self) -> Document:
+        """Return what `/healthz` says: the server's process answers."""
+        return self._call("GET", "/healthz")
+
     def readiness(self) -> Document:
         """Return the server's own checks, whether it is ready or not."""
         with _errors(self.url):

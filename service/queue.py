@@ -23,6 +23,9 @@ RUN_TASK = "step.run"
 PRUNE_TASK = "ledger.prune"
 #: How often the beat asks for housekeeping.
 _PRUNE_S = 600.0
+#: The longest sleep of the beat. It writes its schedule at the first tick three minutes after the last time, which
+#: `edgekiln health beat` counts on.
+_BEAT_TICK_S = 30.0
 #: How long a Redis may take to connect, or to answer. Kombu asks for messages with BRPOP and a timeout of one second,
 #: so an answer never takes longer because there is nothing to say.
 _REDIS_TIMEOUT_S = 3.0
@@ -45,6 +48,7 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         # A poke that cannot be sent is repeated by the sweep; nobody waits for it.
         task_publish_retry=False,
+        beat_max_loop_interval=_BEAT_TICK_S,
         beat_schedule={"prune": {"task": PRUNE_TASK, "schedule": _PRUNE_S, "options": {"queue": "light"}}},
     )
     if settings.broker_url:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import InvalidSettings
+from service.machine import find_usable_cores, find_usable_memory_bytes
 
 _GIB = 1024**3
 
@@ -34,6 +35,10 @@ class Settings(BaseSettings):
     broker_url: str = ""
     #: `file:///...` or `s3://bucket/prefix`; empty means a folder in `data_dir`.
     store_url: str = ""
+    #: Name of this machine, the same for all workers on it, in containers too; empty means the system's name and id.
+    host_name: str = Field(default="", max_length=100)
+    #: File into which a worker writes its id, for `edgekiln health worker`; empty means none.
+    worker_file: str = ""
 
     #: Address and port of the API. Any address other than loopback requires API keys.
     host: str = "127.0.0.1"
@@ -80,10 +85,10 @@ class Settings(BaseSettings):
     #: Steps of each resource class that one worker runs at once.
     fetch_slots: int = Field(default=2, ge=0)
     convert_slots: int = Field(default=1, ge=0)
-    light_slots: int = Field(default_factory=lambda: max(1, os.cpu_count() or 1), ge=0)
+    light_slots: int = Field(default_factory=find_usable_cores, ge=0)
     device_slots: int = Field(default=1, ge=0)
 
-    #: Anonymous memory one step may use; 0 means nine tenths of the host's memory.
+    #: Anonymous memory one step may use; 0 means nine tenths of what this process may use of the host's.
     step_memory_bytes: int = Field(default=0, ge=0)
     #: Longest time one step may run, by resource class.
     fetch_deadline_s: float = Field(default=6 * 3600.0, gt=0)
@@ -159,8 +164,7 @@ class Settings(BaseSettings):
         """Anonymous memory one step may use on this host."""
         if self.step_memory_bytes:
             return self.step_memory_bytes
-        total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total_bytes * 9 // 10
+        return find_usable_memory_bytes() * 9 // 10
 
     def slots(self) -> dict[str, int]:
         """Steps of each resource class that one worker of this host runs at once."""

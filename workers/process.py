@@ -7,7 +7,6 @@ tests build one without Celery.
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import threading
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from service.errors import EdgeKilnError
 from service.ledger import access, claims, fleet, housekeeping
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
+from service.machine import count_memory_bytes, find_usable_cores
 from service.settings import Settings
 from service.storage import open_configured_store
 from service.sweep import sweep_store
@@ -51,13 +51,13 @@ class WorkerProcess:
         self.database = Database(settings.ledger_url, poke)
         access.ensure_tenant(self.database, access.DEFAULT_TENANT)
         toolchain = toolchain or read_toolchain()
-        cores = os.cpu_count() or 1
+        cores = find_usable_cores()
         isolation = probe_isolation()
         self.worker_id = fleet.register_worker(
             self.database,
-            identify_host(),
+            settings.host_name or identify_host(),
             cores=cores,
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            memory_bytes=count_memory_bytes(),
             memory_limit_bytes=settings.memory_limit_bytes,
             slots=settings.slots(),
             toolchain=toolchain,
@@ -80,8 +80,10 @@ class WorkerProcess:
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
 
     def start(self) -> None:
-        """Begin to sweep."""
+        """Begin to sweep, and say which worker this is to whoever checks its health."""
         self._sweeper.start()
+        if self._settings.worker_file:
+            Path(self._settings.worker_file).write_text(f"{self.worker_id}\n")
 
     def shut_down(self) -> None:
         """Claim nothing more and give running steps back; returns at once."""

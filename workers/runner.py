@@ -191,8 +191,8 @@ class Runner:
     def _run_child(self, claim: claims.Claim, step_dir: Path, transfer: Transfer, keeper: LeaseKeeper) -> ChildResult:
         code = CATALOG[claim.kind]
         inputs = transfer.place_inputs(step_dir / "inputs")
-        if claim.kind in ("resolve", "fetch"):
-            # A checkpoint will be converted: import the converter meanwhile.
+        if claim.kind in ("resolve", "fetch") and self._settings.convert_slots:
+            # A checkpoint will be converted, perhaps here: import the converter meanwhile.
             self._sandbox.warm("convert")
         if code.is_pinned:
             claims.pin_attempt(self._database, claim)

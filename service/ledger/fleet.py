@@ -1,6 +1,6 @@
 """Hosts and workers as the ledger knows them.
 
-Called by `workers.process`; read by `/readyz`.
+Called by `workers.process`; read by `/readyz` and by `edgekiln health`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ def register_worker(
 def beat_worker(tx: Transaction, worker_id: str) -> None:
     """Say that a worker lives."""
     tx.connection.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now()))
+
+
+@reads
+def is_heard(connection: Connection, worker_id: str, within_s: float) -> bool:
+    """Whether a worker has said lately that it lives."""
+    heard = select(Worker.id).where(Worker.id == worker_id, Worker.heartbeat_at > now(-within_s))
+    return connection.execute(heard).first() is not None
 
 
 @reads
