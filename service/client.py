@@ -37,6 +37,9 @@ _CONNECT_TIMEOUT_S = 10.0
 #: How long a stream that breaks is taken up again without one event arriving.
 _PATIENCE_S = 60.0
 _RECONNECT_S = 1.0
+#: Between two looks at logs that are followed, and how much of each is read at a look.
+_FOLLOW_S = 1.0
+_FOLLOWED_BYTES = 64 << 10
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -187,6 +190,18 @@ class Client:
         params = {} if kind is None else {"kind": kind}
         with self._stream_response(path, {"Accept": "text/plain"}, params) as response:
             yield from response.iter_text()
+
+    def follow_logs(self, job_id: str, kind: str | None = None) -> Iterator[str]:
+        """Yield what a job's steps print, as they print it, until the job has ended; what came too fast is left out."""
+        seen: dict[tuple[str, int], int] = {}
+        while True:
+            # Read before the logs: what is printed until the end is then in them.
+            is_final = self.get(job_id)["finalized_at"] is not None
+            for entry in self.logs(job_id, kind, tail_bytes=_FOLLOWED_BYTES):
+                yield from _describe_news(entry, seen)
+            if is_final:
+                return
+            time.sleep(_FOLLOW_S)
 
     # --- uploads ---------------------------------------------------------------------------------
 
@@ -340,6 +355,20 @@ class _errors:  # noqa: N801 - reads as a block
 def _segment(identifier: str) -> str:
     """Return an id fit for a path: whoever types nonsense is told that there is no such job."""
     return quote(identifier, safe="") or "-"
+
+
+def _describe_news(entry: Document, seen: dict[tuple[str, int], int]) -> Iterator[str]:
+    """Yield what an attempt has printed beyond what was `seen` of it, and remember that."""
+    attempt = (entry["step_id"], entry["attempt"])
+    size_bytes, text = entry["size_bytes"] or 0, (entry["text"] or "").encode()
+    if attempt not in seen:
+        yield f"==> {entry['kind']} {entry['step_id']}, attempt {entry['attempt']}\n"
+    new_bytes = size_bytes - seen.get(attempt, 0)
+    seen[attempt] = max(size_bytes, seen.get(attempt, 0))
+    if new_bytes > len(text):
+        yield f"... {new_bytes - len(text)} bytes left out ...\n"
+    if new_bytes > 0:
+        yield text[-new_bytes:].decode(errors="replace")
 
 
 def _parse_events(lines: Iterator[str]) -> Iterator[Document]:

@@ -45,6 +45,7 @@ from service.storage import ObjectStore
 from workers.catalog import CATALOG
 from workers.fetch.partial_downloads import prepare_folder
 from workers.keeper import LeaseKeeper
+from workers.live_log import LiveLog
 from workers.metrics import Outcome, record_attempt, record_memory
 from workers.publish import publish
 from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
@@ -208,7 +209,7 @@ class Runner:
                 memory_bytes=self._settings.memory_limit_bytes,
             ),
             on_progress=self._reporter(claim, keeper),
-            should_stop=lambda: self._stop_reason(keeper),
+            should_stop=self._watcher(claim, keeper, step_dir / "log.txt"),
             credential=(self._settings.hub_token or None) if code.network else None,
             writable=[self._download_dir(claim)] if claim.kind == "fetch" else (),
             niceness=code.niceness,
@@ -229,10 +230,24 @@ class Runner:
         """Where partial downloads wait for the next attempt; no two tenants share one, though keys may be equal."""
         return self._settings.cache_dir / "downloads" / digest_json([claim.tenant_id, claim.key])
 
-    def _stop_reason(self, keeper: LeaseKeeper) -> StopReason | None:
-        if keeper.is_lost:
-            return StopReason.LEASE_LOST
-        return StopReason.SHUTDOWN if self._shutdown.is_set() else None
+    def _watcher(self, claim: claims.Claim, keeper: LeaseKeeper, log_path: Path) -> Callable[[], StopReason | None]:
+        """Return what says whether the run must stop, and meanwhile shows what it prints."""
+        live_log = LiveLog(log_path)
+
+        def watch() -> StopReason | None:
+            if keeper.is_lost:
+                return StopReason.LEASE_LOST
+            if self._shutdown.is_set():
+                return StopReason.SHUTDOWN
+            try:
+                if news := live_log.read_news():
+                    claims.report_log(self._database, claim, *news)
+            except (*_LEDGER_AWAY, OSError) as error:
+                # Nothing depends on it: the whole log is stored at the end.
+                log.warning("cannot show the log: %s", error)
+            return None
+
+        return watch
 
     def _reporter(self, claim: claims.Claim, keeper: LeaseKeeper) -> Callable[[str, float | None], None]:
         last_s = 0.0

@@ -1,4 +1,4 @@
-"""What the attempts of a job's steps wrote: the ends as JSON, or everything as text."""
+"""What the attempts of a job's steps wrote: the ends as JSON, or everything as text; of those that run, the end."""
 
 from __future__ import annotations
 
@@ -69,8 +69,12 @@ def _prefers_text(accept: str) -> bool:
 def _tail(store: ObjectStore, entry: dict[str, Any], tail_bytes: int) -> dict[str, Any]:
     """Return an attempt with the end of its log."""
     digest = entry["log_digest"]
+    live, live_bytes = entry.pop("live_log"), entry.pop("live_log_bytes")
     if digest is None:
-        return {**entry, "size_bytes": None, "text": None, "truncated": False}
+        data = (live or "").encode()
+        shown = data[max(0, len(data) - tail_bytes) :]
+        text = None if live is None else shown.decode(errors="replace")
+        return {**entry, "size_bytes": live_bytes, "text": text, "truncated": len(shown) < (live_bytes or 0)}
     key = blob_key(digest)
     size_bytes = store.stat(key).size_bytes
     start = max(0, size_bytes - tail_bytes)
@@ -86,6 +90,8 @@ def _print_logs(store: ObjectStore, entries: list[dict[str, Any]]) -> Iterator[b
             yield f"{entry['error']['code']}: {entry['error']['message']}\n".encode()
         if entry["log_digest"]:
             yield from _print_log(store, entry["log_digest"])
+        elif entry["live_log"]:
+            yield f"{entry['live_log'].rstrip()}\n".encode()
 
 
 def _print_log(store: ObjectStore, digest: str) -> Iterator[bytes]:

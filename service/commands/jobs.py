@@ -14,6 +14,7 @@ from service.commands import options
 from service.commands.output import format_time, print_json, print_table, say
 from service.commands.progress import ProgressView, label_step
 from service.commands.report import exit_code, print_outcome, say_outcome
+from service.errors import InvalidRequest
 from service.units import format_bytes
 
 if TYPE_CHECKING:
@@ -194,12 +195,25 @@ def logs(
     step: Annotated[
         str | None, typer.Option("--step", metavar="KIND", help="Only steps of this kind, e.g. convert.")
     ] = None,
+    is_followed: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing until the job has ended.")
+    ] = False,
     as_json: options.AsJson = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
 ) -> None:
-    """Print what a job's steps wrote."""
+    """Print what a job's steps wrote; of those that run, the last lines.
+
+    Example: edgekiln logs job_1f0c9a2b3c4d5e6f --step convert --follow
+    """
+    if is_followed and as_json:
+        raise InvalidRequest("--follow prints text; leave --json out, or read `GET /v1/jobs/ID/events`.")
     with options.connect(url, api_key) as client:
+        if is_followed:
+            for text in client.follow_logs(job_id, step):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            return
         if as_json:
             print_json(client.logs(job_id, step))
             return

@@ -340,6 +340,16 @@ def report_progress(tx: Transaction, claim: Claim, message: str, fraction: float
     emit(tx, job_ids, "progress", {"step_id": claim.step_id, "kind": claim.kind, **progress})
 
 
+@writes
+def report_log(tx: Transaction, claim: Claim, text: str, size_bytes: int) -> None:
+    """Store the end of what an attempt has printed so far, `size_bytes` in all; nothing once it has ended."""
+    tx.connection.execute(
+        update(Attempt)
+        .where(Attempt.step_id == claim.step_id, Attempt.token == claim.token, Attempt.state == AttemptState.RUNNING)
+        .values(live_log=text, live_log_bytes=size_bytes)
+    )
+
+
 def _fenced(tx: Transaction, claim: Claim, **values: Any) -> None:
     held = and_(Step.id == claim.step_id, Step.token == claim.token, Step.state == StepState.RUNNING)
     if tx.connection.execute(update(Step).where(held).values(**values)).rowcount != 1:

@@ -66,7 +66,7 @@ def close_attempt(tx: Transaction, step_id: str, token: int, state: AttemptState
     tx.connection.execute(
         update(Attempt)
         .where(Attempt.step_id == step_id, Attempt.token == token, Attempt.state == AttemptState.RUNNING)
-        .values(state=state, finished_at=now(), **values)
+        .values(state=state, finished_at=now(), live_log=None, live_log_bytes=None, **values)
     )
 
 

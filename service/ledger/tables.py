@@ -290,6 +290,9 @@ class Attempt(Base):
     #: Wall time of the child.
     duration_s: Mapped[float | None]
     log_digest: Mapped[str | None] = mapped_column(ForeignKey("blobs.digest"))
+    #: While it runs: the end of what the child has printed, and how many bytes that is in all. Null afterwards.
+    live_log: Mapped[str | None] = mapped_column(Text)
+    live_log_bytes: Mapped[int | None]
     started_at: Mapped[dt.datetime]
     finished_at: Mapped[dt.datetime | None]
 

@@ -227,7 +227,7 @@ def read_events(connection: Connection, tenant_id: str, job_id: str, after: int,
 
 @reads
 def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return where the logs of a job's attempts are: step, kind, attempt, state, error, blob digest."""
+    """Return where the logs of a job's attempts are: blob digests, and the ends of those that run."""
     find_job(connection, tenant_id, job_id)
     statement = (
         select(
@@ -237,6 +237,8 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
             Attempt.state,
             Attempt.error,
             Attempt.log_digest,
+            Attempt.live_log,
+            Attempt.live_log_bytes,
             Attempt.started_at,
             Attempt.finished_at,
         )
@@ -255,6 +257,8 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
             "state": row.state,
             "error": row.error,
             "log_digest": row.log_digest,
+            "live_log": row.live_log,
+            "live_log_bytes": row.live_log_bytes,
             "started_at": _iso(row.started_at),
             "finished_at": _iso(row.finished_at),
         }

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from service.api import schemas
 from service.errors import CheckpointInvalid, StoreUnavailable
-from service.ledger import access, views
+from service.ledger import access, claims, views
 from service.storage import blob_key
 from tests.api_world import ARTIFACT_BYTES, World, make_world
 
@@ -456,6 +456,30 @@ def test_logs_are_tails_as_json_and_whole_as_text(world: World, http: TestClient
     assert whole.headers["content-type"].startswith("text/plain")
     assert whole.text.count("fetch worked\n") == 2000
     assert "checkpoint_invalid: No.\nit went wrong\n" in whole.text
+
+
+def test_the_end_of_a_running_log_is_shown_until_the_whole_is_stored(world: World, http: TestClient) -> None:
+    job_id = submit(http, world, recipes=["none"])["id"]
+    play = world.play()
+    claim = play.claim_kind("convert")
+
+    def read(**query: Any) -> dict[str, Any]:
+        document = http.get(f"/v1/jobs/{job_id}/logs", params={"kind": "convert", **query}).json()
+        schemas.LogList.model_validate(document)
+        (log,) = document["logs"]
+        return dict(log)
+
+    assert (read()["text"], read()["size_bytes"]) == (None, None)
+    claims.report_log(world.database, claim, "half done\n", 5000)
+    assert (read()["text"], read()["size_bytes"], read()["truncated"]) == ("half done\n", 5000, True)
+    assert read(tail_bytes=5)["text"] == "done\n"
+    whole = http.get(f"/v1/jobs/{job_id}/logs", headers={"Accept": "text/plain"}).text
+    assert "half done\n" in whole
+    play.finish(claim)
+    assert read()["text"].endswith("convert worked\n")
+    # Whoever still writes after the end shows nothing.
+    claims.report_log(world.database, claim, "late", 4)
+    assert "late" not in read()["text"]
 
 
 def test_logs_of_one_kind(world: World, http: TestClient) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.client import Client
 from service.errors import BlobCorrupt, CheckpointInvalid, NotFound
-from service.ledger import access
+from service.ledger import access, claims
 from service.storage import blob_key
 from tests.api_world import World
 
@@ -85,6 +85,25 @@ def test_files_are_uploaded_and_named_by_digest(run: Run, world: World, tmp_path
     unknown = run("submit", world.models / "tiny", "--evaluation", f"sha256:{'0' * 64}")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     assert unknown.stderr.startswith("upload_not_found: ")
+
+
+def test_logs_are_followed_to_the_end_of_the_job(run: Run, world: World, url: str) -> None:
+    play = world.play()
+    with Client(url) as kiln:
+        job_id = kiln.submit(source=world.source, recipes=["none"], formats=["tflite"])["id"]
+        claim = play.claim_kind("convert")
+        claims.report_log(world.database, claim, "tracing\n", 8)
+        pieces = kiln.follow_logs(job_id, "convert")
+        assert [next(pieces), next(pieces)] == [f"==> convert {claim.step_id}, attempt 1\n", "tracing\n"]
+        claims.report_log(world.database, claim, "lowering\n", 100)
+        assert [next(pieces), next(pieces)] == ["... 83 bytes left out ...\n", "lowering\n"]
+        play.finish(claim)
+        play.run_all()
+        assert "convert worked\n" in "".join(pieces)
+    followed = run("logs", job_id, "--step", "publish", "--follow")
+    assert followed.exit_code == 0
+    assert "publish worked" in followed.stdout
+    assert run("logs", job_id, "--follow", "--json").exit_code == 2
 
 
 @pytest.mark.parametrize("command", ["logs", "download"], ids=["much", "little"])
