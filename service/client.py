@@ -230,6 +230,55 @@ class Client:
                 return
             query["before"] = page["next"]
 
+    # --- schedules -------------------------------------------------------------------------------
+
+    def add_schedule(
+        self,
+        name: str,
+        job: JobRequest | Mapping[str, Any],
+        *,
+        cron: str | None = None,
+        time_zone: str = "UTC",
+        every_s: int | None = None,
+        missed: str = "once",
+        overlap: str = "skip",
+    ) -> Document:
+        """Submit a job at every tick from now on, and return the schedule.
+
+        `cron` (five fields, by the clock of `time_zone`) or `every_s`; `missed`: `once` or `skip`; `overlap`: `skip`
+        or `allow`.
+        """
+        timing = {"cron": cron, "time_zone": time_zone, "every_s": every_s}
+        request = job.to_json() if isinstance(job, JobRequest) else dict(job)
+        document = {"name": name, "job": request, "missed": missed, "overlap": overlap, **timing}
+        return self._call("POST", "/v1/schedules", json=document)
+
+    def schedules(self, page_size: int = 50) -> Iterator[Document]:
+        """Yield the schedules with their last ticks, newest first; pages are fetched as they are needed."""
+        query: dict[str, Any] = {"limit": page_size}
+        while True:
+            page = self._call("GET", "/v1/schedules", params=query)
+            yield from page["schedules"]
+            if page["next"] is None:
+                return
+            query["before"] = page["next"]
+
+    def get_schedule(self, schedule_id: str) -> Document:
+        """Return a schedule with its last ticks and the next ones."""
+        return self._call("GET", f"/v1/schedules/{_segment(schedule_id)}")
+
+    def pause_schedule(self, schedule_id: str) -> Document:
+        """Let a schedule submit nothing until it is resumed, and return it."""
+        return self._call("POST", f"/v1/schedules/{_segment(schedule_id)}/pause")
+
+    def resume_schedule(self, schedule_id: str) -> Document:
+        """Let a schedule go on with its next tick from now, and return it."""
+        return self._call("POST", f"/v1/schedules/{_segment(schedule_id)}/resume")
+
+    def remove_schedule(self, schedule_id: str) -> None:
+        """Forget a schedule; its jobs stay."""
+        self._call("DELETE", f"/v1/schedules/{_segment(schedule_id)}")
+
     # --- artifacts -------------------------------------------------------------------------------
 
     def artifacts(self, job_id: str) -> Documents:
@@ -283,6 +332,8 @@ class Client:
             response = self._http.request(method, path, **options)
         if not response.is_success:
             raise _read_problem(response)
+        if response.status_code == httpx.codes.NO_CONTENT:
+            return {}
         try:
             return dict(response.json())
         except ValueError as error:

@@ -10,16 +10,18 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError
-from service.ledger import access, claims, fleet, housekeeping
+from service.ledger import access, claims, fleet, housekeeping, schedules
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.machine import count_memory_bytes, find_usable_cores
 from service.settings import Settings
+from service.sources import admit_source
 from service.storage import open_configured_store
 from service.sweep import sweep_store
 from workers.catalog import PRELOADS, read_toolchain
@@ -107,6 +109,12 @@ class WorkerProcess:
             level = logging.WARNING if finding.fate == "missing" else logging.INFO
             log.log(level, "%s %s (%d bytes): %s", finding.fate, finding.digest, finding.size_bytes, finding.why)
 
+    def fire_schedules(self) -> None:
+        """Fire the schedules' ticks that have come."""
+        admit = partial(admit_source, settings=self._settings)
+        for tick in schedules.fire_due(self.database, admit, max_variants=self._settings.max_variants):
+            log.info("schedule %s, tick of %s: %s %s", tick.name, tick.tick_at, tick.outcome, tick.job_id or "")
+
     def close(self) -> None:
         """End the zygotes and give the connections back."""
         self.shut_down()
@@ -115,11 +123,12 @@ class WorkerProcess:
         self._work_dir.close()
 
     def _sweep(self) -> None:
-        """Poke whatever is due, for ever: lost messages and lost workers are repaired here."""
+        """Fire schedules and poke whatever is due, for ever: lost messages and lost workers are repaired here."""
         while True:
             try:
                 fleet.beat_worker(self.database, self.worker_id)
                 claims.end_hopeless_steps(self.database, self.runner.policy)
+                self.fire_schedules()
                 self.database.poke(claims.due_classes(self.database))
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("sweep could not reach the ledger: %s", error)

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from service.api import artifacts, choice, events, health, jobs, logs, uploads
+from service.api import artifacts, choice, events, health, jobs, logs, schedules, uploads
 from service.api.context import Context
 from service.api.guards import BodyGuard, HostGuard, KeyGuard
 from service.api.problems import ProblemBoundary, install_handlers
@@ -66,6 +66,7 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
         logs.router,
         artifacts.router,
         choice.router,
+        schedules.router,
         health.router,
     ):
         app.include_router(router)

@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 from service import gates
 from service.api.context import ContextOf, TenantOf
 from service.api.schemas import Catalogue, JobDocument, JobList, answers, problem_responses
-from service.api.sources import admit_source
 from service.api.uploads import check_uploads
 from service.ledger import jobs, views
 from service.recipes import DEVICES, ENGINES, FORMATS, describe_recipes
 from service.requests import JobRequest
+from service.sources import admit_source
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

@@ -15,6 +15,7 @@ TAGS = [
     {"name": "jobs", "description": "Submit conversions, follow them, stop them, try them again."},
     {"name": "uploads", "description": "Files that jobs name: calibration, evaluation, texts."},
     {"name": "artifacts", "description": "Proven artifacts and the manifests that say how each came to be."},
+    {"name": "schedules", "description": "Jobs that are submitted again by themselves."},
     {"name": "catalogue", "description": "What a job may ask for."},
     {"name": "health", "description": "Whether the server lives and can do its work."},
 ]
@@ -258,6 +259,52 @@ class LogList(_Document):
     """Logs of one job."""
 
     logs: list[AttemptLog]
+
+
+class TickDocument(_Document):
+    """What became of a schedule's tick."""
+
+    tick_at: datetime = Field(description="When it was due.")
+    outcome: Literal["submitted", "skipped", "missed", "refused"]
+    job_id: str | None
+    error: ErrorDocument | None = Field(description="Why the job was refused.")
+    fired_at: datetime
+
+
+class ScheduleSummary(_Document):
+    """A job that is submitted again by itself."""
+
+    id: str
+    name: str
+    state: Literal["active", "paused"]
+    cron: str | None
+    time_zone: str
+    every_s: int | None
+    missed: Literal["once", "skip"]
+    overlap: Literal["skip", "allow"]
+    job: dict[str, Any] = Field(description="The request that each tick submits.")
+    next_ticks: list[datetime] = Field(description="The next five; none while it is paused.")
+    created_at: datetime
+    paused_at: datetime | None
+
+
+class ScheduleListItem(ScheduleSummary):
+    """A schedule as lists show it."""
+
+    last_tick: TickDocument | None
+
+
+class ScheduleList(_Document):
+    """One page of schedules, newest first."""
+
+    schedules: list[ScheduleListItem]
+    next: str | None = Field(description="Give it as `before` to read the next page; null on the last one.")
+
+
+class ScheduleDocument(ScheduleSummary):
+    """A schedule whole."""
+
+    ticks: list[TickDocument] = Field(description="The last twenty, newest first.")
 
 
 class RecipeDocument(_Document):

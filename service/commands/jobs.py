@@ -105,14 +105,21 @@ def jobs(
         print_json(found)
         return
     rows = [
-        [job["id"], job["state"], _name_source(job), _count(job["variant_states"]), format_time(job["created_at"])]
+        [
+            job["id"],
+            job["state"],
+            name_source(job["request"]),
+            _count(job["variant_states"]),
+            format_time(job["created_at"]),
+        ]
         for job in found
     ]
     print_table(("id", "state", "source", "variants", "submitted"), rows)
 
 
-def _name_source(job: Mapping[str, Any]) -> str:
-    source = job["request"]["source"]
+def name_source(request: Mapping[str, Any]) -> str:
+    """Return the folder or the repository that a request names."""
+    source = request["source"]
     return str(source.get("path") or source.get("repo"))
 
 

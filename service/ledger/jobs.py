@@ -20,7 +20,7 @@ from service.ledger.keys import digest_json, new_id
 from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted, plan_spec
 from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
-from service.ledger.tables import IdempotencyKey, Job, JobStep, Step, Variant
+from service.ledger.tables import IdempotencyKey, Job, JobStep, JobUpload, Step, Variant
 from service.ledger.uploads import hold_uploads
 from service.requests import JobRequest, parse_request
 
@@ -46,31 +46,34 @@ def submit_job(
     Raises `InvalidRequest` for too large a matrix, `UploadNotFound` for a digest that is not the tenant's, and
     `IdempotencyMismatch` when the key was used for another.
     """
-    names = request.variant_names
-    if len(names) > max_variants:
-        raise InvalidRequest(
-            f"The job asks for {len(names)} variants; one job may have {max_variants}. Split it.",
-            variants=len(names),
-            limit=max_variants,
-        )
-    document = request.to_json()
+    require_few_variants(request, max_variants)
     job_id = new_id("job")
     if idempotency_key is not None:
-        earlier = _claim_idempotency_key(tx, tenant_id, idempotency_key, digest_json(document), job_id)
+        digest = digest_json(request.to_json())
+        earlier = _claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
         if earlier is not None:
             return Submission(earlier, is_new=False)
+    return Submission(add_job(tx, tenant_id, request, max_variants=max_variants, job_id=job_id), is_new=True)
+
+
+def add_job(
+    tx: Transaction, tenant_id: str, request: JobRequest, *, max_variants: int, job_id: str | None = None
+) -> str:
+    """Do the same in a transaction of the caller's, and return the job's id; `service.ledger.schedules` does."""
+    require_few_variants(request, max_variants)
+    job_id = job_id or new_id("job")
     tx.connection.execute(
         insert(Job).values(
             id=job_id,
             tenant_id=tenant_id,
-            request=document,
+            request=request.to_json(),
             state=JobState.QUEUED,
             priority=request.priority,
             event_count=0,
             created_at=now(),
         )
     )
-    for position, (name, (engine, recipe)) in enumerate(names.items()):
+    for position, (name, (engine, recipe)) in enumerate(request.variant_names.items()):
         tx.connection.execute(
             insert(Variant).values(
                 id=new_id("var"),
@@ -84,10 +87,21 @@ def submit_job(
                 created_at=now(),
             )
         )
-    hold_uploads(tx, tenant_id, job_id, request.uploads.values())
+    hold_uploads(tx, tenant_id, request.uploads.values(), JobUpload, job_id=job_id)
     emit(tx, [job_id], "job", {"state": JobState.QUEUED})
     add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
-    return Submission(job_id, is_new=True)
+    return job_id
+
+
+def require_few_variants(request: JobRequest, max_variants: int) -> None:
+    """Raise `InvalidRequest` for too large a matrix."""
+    count = len(request.variant_names)
+    if count > max_variants:
+        raise InvalidRequest(
+            f"The job asks for {count} variants; one job may have {max_variants}. Split it.",
+            variants=count,
+            limit=max_variants,
+        )
 
 
 def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: str, job_id: str) -> str | None:

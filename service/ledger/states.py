@@ -122,3 +122,16 @@ class JobState(StrEnum):
 
 
 FINAL_JOB_STATES = (JobState.SUCCEEDED, JobState.PARTIAL, JobState.FAILED, JobState.CANCELLED)
+
+
+class TickOutcome(StrEnum):
+    """What became of a schedule's tick."""
+
+    #: Its job was submitted.
+    SUBMITTED = "submitted"
+    #: The job of an earlier tick had not ended.
+    SKIPPED = "skipped"
+    #: No worker ran in time, and the schedule leaves out what was missed.
+    MISSED = "missed"
+    #: The job could not be submitted; the error says why.
+    REFUSED = "refused"

@@ -17,7 +17,18 @@ from service.ledger import locks
 from service.ledger.clock import now
 from service.ledger.database import Database, Transaction, reads, writes
 from service.ledger.states import FINAL_JOB_STATES, StepState
-from service.ledger.tables import Attempt, Blob, Job, JobStep, JobUpload, Publication, Step, StepOutput, Upload
+from service.ledger.tables import (
+    Attempt,
+    Blob,
+    Job,
+    JobStep,
+    JobUpload,
+    Publication,
+    ScheduleUpload,
+    Step,
+    StepOutput,
+    Upload,
+)
 
 #: Rows that one transaction takes.
 _BATCH = 500
@@ -52,7 +63,7 @@ def retire_unused_steps(tx: Transaction, keep_s: float) -> int:
 
 @writes
 def drop_unused_uploads(tx: Transaction, keep_s: float) -> int:
-    """Forget uploads that no job names and that are older than `keep_s`; return how many there were."""
+    """Forget uploads that no job or schedule names and that are older than `keep_s`; return how many there were."""
     digests = list(tx.connection.execute(select(Upload.digest).where(_is_unnamed(keep_s)).limit(_BATCH)).scalars())
     # Whoever submits a job, or uploads again, holds the blob's lock.
     locks.lock_blobs(tx, digests)
@@ -185,10 +196,11 @@ def _is_unused(keep_s: float) -> ColumnElement[bool]:
 
 
 def _is_unnamed(keep_s: float) -> ColumnElement[bool]:
-    is_named = exists(JobUpload.job_id).where(
-        JobUpload.tenant_id == Upload.tenant_id, JobUpload.digest == Upload.digest
+    holds = (
+        exists(hold.digest).where(hold.tenant_id == Upload.tenant_id, hold.digest == Upload.digest).correlate(Upload)
+        for hold in (JobUpload, ScheduleUpload)
     )
-    return and_(Upload.created_at <= now(-keep_s), ~is_named.correlate(Upload))
+    return and_(Upload.created_at <= now(-keep_s), ~or_(*holds))
 
 
 def _is_referenced(keep_s: float | None = None) -> ColumnElement[bool]:

@@ -260,6 +260,75 @@ class JobUpload(Base):
     tenant_id: Mapped[str] = mapped_column(String(64))
 
 
+class Schedule(Base):
+    """A job that is submitted again by itself, at ticks of a clock or of an interval."""
+
+    __tablename__ = "schedules"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "name"),
+        CheckConstraint("(cron IS NULL) <> (every_s IS NULL)", name="timing"),
+        # What every sweep reads.
+        Index(
+            "ix_schedules_due",
+            "next_at",
+            postgresql_where=text("paused_at IS NULL"),
+            sqlite_where=text("paused_at IS NULL"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(100))
+    #: The canonical `JobRequest` of every tick.
+    request: Mapped[dict[str, Any]]
+    #: Five fields, read by the clock of `time_zone`; None for an interval.
+    cron: Mapped[str | None] = mapped_column(String(200))
+    #: IANA name.
+    time_zone: Mapped[str] = mapped_column(String(64))
+    #: Seconds from tick to tick, counted from `created_at`; None for a cron expression.
+    every_s: Mapped[int | None]
+    #: Of ticks that no worker fired in time: `once` submits one job for all, `skip` none.
+    missed: Mapped[str] = mapped_column(String(8))
+    #: While the job of an earlier tick has not ended: `skip` leaves a tick out, `allow` submits.
+    overlap: Mapped[str] = mapped_column(String(8))
+    #: The oldest tick that was not fired. Who fires it moves it on, and demands that nobody has.
+    next_at: Mapped[dt.datetime]
+    #: Number of the last tick that was fired.
+    tick_count: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[dt.datetime]
+    #: Set while no tick is to be fired.
+    paused_at: Mapped[dt.datetime | None]
+
+
+class ScheduleTick(Base):
+    """What became of a schedule's tick; the last hundred are kept."""
+
+    __tablename__ = "schedule_ticks"
+    __table_args__ = (Index("ix_schedule_ticks_job", "job_id"),)
+    schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    #: When it was due.
+    tick_at: Mapped[dt.datetime]
+    #: A `TickOutcome`.
+    outcome: Mapped[str] = mapped_column(String(16))
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    error: Mapped[dict[str, Any] | None]
+    #: When it was fired.
+    created_at: Mapped[dt.datetime]
+
+
+class ScheduleUpload(Base):
+    """A schedule's hold on an upload, as a job's."""
+
+    __tablename__ = "schedule_uploads"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "digest"], ["uploads.tenant_id", "uploads.digest"]),
+        Index("ix_schedule_uploads_upload", "tenant_id", "digest"),
+    )
+    schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(64))
+
+
 class StepOutput(Base):
     """A file that a step made."""
 

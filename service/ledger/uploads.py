@@ -1,7 +1,7 @@
-"""Uploads: what tenants bring besides checkpoints, and the jobs' hold on it.
+"""Uploads: what tenants bring besides checkpoints, and the hold of jobs and schedules on it.
 
-Called by `service.api` and, when a job is submitted, by `service.ledger.jobs`. Knowing a digest grants nothing: a
-request may name what its own tenant has uploaded, and nothing else.
+Called by `service.api` and, when a job is submitted or scheduled, by `service.ledger.jobs` and `schedules`. Knowing a
+digest grants nothing: a request may name what its own tenant has uploaded, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from sqlalchemy import Connection, and_, insert, or_, select
 
 from service.errors import NotFound, UploadNotFound
 from service.ledger import locks
+from service.ledger.base import Base
 from service.ledger.blobs import OutputFile, Reprieves, commit_blobs
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
-from service.ledger.tables import JobUpload, Upload
+from service.ledger.tables import Upload
 
 
 @writes
@@ -39,13 +40,16 @@ def enter_upload(
     return is_new
 
 
-def hold_uploads(tx: Transaction, tenant_id: str, job_id: str, digests: Iterable[str]) -> None:
-    """Keep a tenant's uploads for as long as a new job is kept; raises `UploadNotFound`."""
+def hold_uploads(tx: Transaction, tenant_id: str, digests: Iterable[str], hold: type[Base], **holder_id: str) -> None:
+    """Keep a tenant's uploads for as long as a new job or schedule is kept; raises `UploadNotFound`.
+
+    `hold`: the table that says who holds what.
+    """
     wanted = sorted(set(digests))
     locks.lock_blobs(tx, wanted)
     _require(tx.connection, tenant_id, wanted)
     for digest in wanted:
-        tx.connection.execute(insert(JobUpload).values(job_id=job_id, tenant_id=tenant_id, digest=digest))
+        tx.connection.execute(insert(hold).values(tenant_id=tenant_id, digest=digest, **holder_id))
 
 
 @reads

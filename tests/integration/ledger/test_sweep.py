@@ -14,11 +14,12 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.errors import BlobCondemned, UploadNotFound
-from service.ledger import blobs, locks, results, sweep, uploads
+from service.ledger import blobs, locks, results, schedules, sweep, uploads
 from service.ledger.base import Base
 from service.ledger.blobs import OutputFile, commit_uploaded, reprieve_blobs
 from service.ledger.database import Database, Transaction
 from service.ledger.tables import Blob, Publication, Step, StepOutput
+from service.schedules import ScheduleRequest
 from service.storage import blob_key
 from service.storage.folder import FolderStore
 from service.sweep import Finding, sweep_store
@@ -159,6 +160,17 @@ def test_uploads_stay_while_a_job_names_them(bench: Bench) -> None:
     with pytest.raises(UploadNotFound):
         bench.play.submit(evaluation=unnamed.digest)
     bench.play.submit(evaluation=named.digest)
+
+
+def test_uploads_stay_while_a_schedule_names_them(bench: Bench) -> None:
+    file = bench.put(b"named")
+    bench.commit(file)
+    job = {"source": {"kind": "folder", "path": "/models/tiny"}, "evaluation": file.digest}
+    request = ScheduleRequest.model_validate({"name": "nightly", "every_s": 3600, "job": job})
+    schedule_id = schedules.add_schedule(bench.database, TENANT, request, max_variants=256)
+    assert bench.sweep() == []
+    schedules.remove_schedule(bench.database, TENANT, schedule_id)
+    assert bench.digests("condemned") == {file.digest}, "control: now nobody does"
 
 
 def test_objects_without_a_row_go_once_they_are_old(bench: Bench) -> None:

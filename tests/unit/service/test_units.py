@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import InvalidRequest
-from service.units import format_bytes, parse_bytes
+from service.units import format_bytes, format_span, parse_bytes, parse_span
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,18 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 )
 def test_sizes_are_written(size_bytes: float | None, text: str) -> None:
     assert format_bytes(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "span_s", "shown"),
+    [("90s", 90, "90s"), ("30m", 1800, "30m"), ("6 h", 21600, "6h"), ("24H", 86400, "1d"), (" 14d", 1209600, "2w")],
+)
+def test_spans_of_time_are_read_and_written(text: str, span_s: int, shown: str) -> None:
+    assert parse_span(text) == span_s
+    assert format_span(span_s) == shown
+
+
+@pytest.mark.parametrize("text", ["", "6", "h", "1.5h", "-1h", "6h30m", "6 hours", "٣h", "9" * 20 + "h"])
+def test_what_is_no_span_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not a span of time"):
+        parse_span(text)

@@ -1,4 +1,7 @@
-"""Which folders a REST request may name: those that resolve below the operator's roots."""
+"""Which folders a REST request may name: those that resolve below the operator's roots.
+
+Called by `service.api` when a job is submitted or scheduled, and by `workers.process` when a schedule's tick comes.
+"""
 
 from __future__ import annotations
 
