@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_DIR ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-fast test-families check format clean
+.PHONY: help install demo up test test-fast test-families chaos check format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,15 @@ test-fast: install ## Run the tests that need no conversion
 
 test-families: install ## Convert and prove every family, and write docs/supported.md (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest tests/families
+
+# What the long form is made of; the same seed plays the same faults.
+SEED := $(or $(SEED),$(shell date +%s))
+RACES ?= 5000
+EXAMPLES ?= 300
+
+chaos: install ## Prove by faults, the long form (SEED, RACES, EXAMPLES; see docs/reliability.md)
+	CHAOS_SEED=$(SEED) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
+		$(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos
 
 check: install ## Lint, types, import rules
 	$(BIN)/ruff check .

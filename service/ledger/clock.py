@@ -15,6 +15,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 _SQLITE_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
@@ -52,7 +53,9 @@ class Instant(TypeDecorator[dt.datetime]):
 class now(ColumnElement[dt.datetime]):  # noqa: N801 - reads as the SQL function it stands for
     """The database's own clock, `offset_s` seconds from now."""
 
-    inherit_cache = False
+    #: The shift is written into the statement, so it belongs to what a compiled statement is found again by.
+    _traverse_internals: Any = [("offset_s", InternalTraversal.dp_plain_obj)]  # noqa: RUF012 - SQLAlchemy's own protocol
+    inherit_cache = True
     type = Instant()
 
     def __init__(self, offset_s: float = 0.0) -> None:
