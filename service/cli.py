@@ -17,7 +17,7 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from service.commands import catalogue, choice, convert, health, jobs, prompt, schedules, server, sweep
+from service.commands import catalogue, choice, convert, health, jobs, prompt, schedules, server, sweep, workers
 from service.commands.interrupts import INTERRUPTED
 from service.commands.output import format_error, print_json, say
 from service.errors import EdgeKilnError, InvalidRequest, InvalidSettings, RemoteError, SourceNotFound
@@ -123,6 +123,7 @@ app.command(epilog=choice.PICK_EPILOG)(choice.pick)
 app.command(epilog=jobs.DOWNLOAD_EPILOG)(jobs.download)
 app.command(epilog=catalogue.RECIPES_EPILOG)(catalogue.recipes)
 app.add_typer(schedules.schedules, name="schedules")
+app.add_typer(workers.workers, name="workers")
 app.add_typer(server.keys, name="keys")
 app.command(epilog=sweep.GC_EPILOG)(sweep.gc)
 app.command()(server.migrate)

@@ -307,6 +307,21 @@ class Client:
             fetch_manifest(self._open, artifact, target)
         return tuple(paths)
 
+    # --- the fleet, for operators ----------------------------------------------------------------
+
+    def workers(self) -> Documents:
+        """Return the workers that have not ended, with what each is running."""
+        workers: Documents = self._call("GET", "/v1/workers")["workers"]
+        return workers
+
+    def drain_worker(self, worker_id: str) -> Document:
+        """Let a worker claim nothing new and finish what it runs; return it."""
+        return self._call("POST", f"/v1/workers/{_segment(worker_id)}/drain")
+
+    def resume_worker(self, worker_id: str) -> Document:
+        """Let a drained worker claim again; return it."""
+        return self._call("POST", f"/v1/workers/{_segment(worker_id)}/resume")
+
     # --- the server ------------------------------------------------------------------------------
 
     def recipes(self) -> Document:

@@ -141,6 +141,13 @@ class Unauthorized(EdgeKilnError):
     http_status = 401
 
 
+class OperatorRequired(EdgeKilnError):
+    """The key is valid, but not an operator's."""
+
+    code = "operator_required"
+    http_status = 403
+
+
 class HostNotAllowed(EdgeKilnError):
     """The Host header names a server that this is not."""
 

@@ -121,7 +121,7 @@ class JobRequest(BaseModel):
     ignore_custom_code: bool = Field(
         default=False, description="Convert with the built-in class although the checkpoint names code of its own."
     )
-    priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
+    priority: int = Field(default=0, ge=-100, le=100, description="Of your own jobs, the higher runs first.")
 
     @field_validator("engines", "formats", "devices")
     @classmethod

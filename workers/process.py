@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -55,6 +56,8 @@ class WorkerProcess:
         toolchain = toolchain or read_toolchain()
         cores = find_usable_cores()
         isolation = probe_isolation()
+        settings.work_dir.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(settings.work_dir)
         self.worker_id = fleet.register_worker(
             self.database,
             settings.host_name or identify_host(),
@@ -64,6 +67,8 @@ class WorkerProcess:
             slots=settings.slots(),
             toolchain=toolchain,
             isolation=isolation,
+            disk_bytes=disk.total,
+            disk_free_bytes=disk.free,
         )
         self._work_dir = WorkDir(settings.work_dir, self.worker_id)
         self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
@@ -119,6 +124,10 @@ class WorkerProcess:
         """End the zygotes and give the connections back."""
         self.shut_down()
         self.sandbox.close()
+        try:
+            fleet.end_worker(self.database, self.worker_id)
+        except (SQLAlchemyError, EdgeKilnError) as error:
+            log.warning("could not tell the ledger that this worker ends: %s", error)
         self.database.close()
         self._work_dir.close()
 
@@ -126,7 +135,8 @@ class WorkerProcess:
         """Fire schedules and poke whatever is due, for ever: lost messages and lost workers are repaired here."""
         while True:
             try:
-                fleet.beat_worker(self.database, self.worker_id)
+                free_bytes = shutil.disk_usage(self._settings.work_dir).free
+                fleet.beat_worker(self.database, self.worker_id, free_bytes)
                 claims.end_hopeless_steps(self.database, self.runner.policy)
                 self.fire_schedules()
                 self.database.poke(claims.due_classes(self.database))

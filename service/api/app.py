@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from service.api import artifacts, choice, events, health, jobs, logs, schedules, uploads
+from service.api import artifacts, choice, events, health, jobs, logs, schedules, uploads, workers
 from service.api.context import Context
 from service.api.guards import BodyGuard, HostGuard, KeyGuard
 from service.api.problems import ProblemBoundary, install_handlers
@@ -53,7 +53,7 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
         middleware=[
             Middleware(ProblemBoundary),
             Middleware(HostGuard, settings=settings),
-            Middleware(KeyGuard, settings=settings, find_tenant=partial(access.find_tenant, database)),
+            Middleware(KeyGuard, settings=settings, find_caller=partial(access.find_caller, database)),
             Middleware(BodyGuard, settings=settings),
         ],
     )
@@ -67,6 +67,7 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
         artifacts.router,
         choice.router,
         schedules.router,
+        workers.router,
         health.router,
     ):
         app.include_router(router)

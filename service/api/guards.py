@@ -15,11 +15,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import HostNotAllowed, InvalidRequest, OriginNotAllowed, PayloadTooLarge, Unauthorized
-from service.ledger.access import DEFAULT_TENANT
+from service.ledger.access import LOCAL_CALLER, Caller
 from service.settings import Settings
 
-#: Where a request's tenant stands in `scope["state"]`; None on the open paths when no key was given.
-TENANT = "tenant_id"
+#: Where a request's `Caller` stands in `scope["state"]`; None on the open paths when no key was given.
+CALLER = "caller"
 #: Answered without a key, and with little in it.
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 #: Takes larger bodies than other routes, and streams them.
@@ -94,27 +94,27 @@ class KeyGuard:
     loopback name. A key that is given must be valid, wherever.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, find_tenant: Callable[[str], str]) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, find_caller: Callable[[str], Caller]) -> None:
         self.app = app
         self.listens_on_loopback = is_loopback(host_name(settings.host))
-        self.find_tenant = find_tenant
+        self.find_caller = find_caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Put the tenant into the request's state, or raise `Unauthorized`."""
+        """Put the caller into the request's state, or raise `Unauthorized`."""
         if scope["type"] == "http":
-            scope.setdefault("state", {})[TENANT] = await self._tenant(scope)
+            scope.setdefault("state", {})[CALLER] = await self._caller(scope)
         await self.app(scope, receive, send)
 
-    async def _tenant(self, scope: Scope) -> str | None:
+    async def _caller(self, scope: Scope) -> Caller | None:
         headers = Headers(scope=scope)
         authorization = headers.get("authorization")
         if authorization is not None:
             scheme, _, secret = authorization.partition(" ")
             if scheme.lower() != "bearer" or not secret.strip():
                 raise Unauthorized("The Authorization header must read `Bearer ek_...`.")
-            return await anyio.to_thread.run_sync(self.find_tenant, secret.strip())
+            return await anyio.to_thread.run_sync(self.find_caller, secret.strip())
         if self.listens_on_loopback and is_loopback(host_name(headers.get("host", ""))):
-            return DEFAULT_TENANT
+            return LOCAL_CALLER
         if scope["path"] in OPEN_PATHS:
             return None
         raise Unauthorized(

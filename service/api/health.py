@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.context import Context, ContextOf
-from service.api.guards import TENANT
+from service.api.guards import CALLER
 from service.api.schemas import Health, Readiness, answers
 from service.errors import EdgeKilnError
 from service.ledger import fleet
@@ -73,7 +73,7 @@ def read_readiness(request: Request, context: ContextOf) -> JSONResponse:
     }
     is_ready = all(check["ok"] for check in checks.values())
     document: dict[str, Any] = {"ready": is_ready, "checks": checks}
-    if getattr(request.state, TENANT, None) is None:
+    if getattr(request.state, CALLER, None) is None:
         document["checks"] = {name: {"ok": check["ok"]} for name, check in checks.items()}
     else:
         document["workers"] = workers

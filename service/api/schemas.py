@@ -16,6 +16,7 @@ TAGS = [
     {"name": "uploads", "description": "Files that jobs name: calibration, evaluation, texts."},
     {"name": "artifacts", "description": "Proven artifacts and the manifests that say how each came to be."},
     {"name": "schedules", "description": "Jobs that are submitted again by themselves."},
+    {"name": "fleet", "description": "Workers and what they run; for operators."},
     {"name": "catalogue", "description": "What a job may ask for."},
     {"name": "health", "description": "Whether the server lives and can do its work."},
 ]
@@ -351,9 +352,54 @@ class Readiness(_Document):
     checks: dict[str, Check]
 
 
+class SlotsDocument(_Document):
+    """Slots of one resource class."""
+
+    busy: int
+    total: int
+
+
+class RunningStep(_Document):
+    """A step that a worker holds."""
+
+    step_id: str
+    kind: str
+    tenant: str
+    predicted_peak_anon_bytes: int | None
+    started_at: datetime
+
+
+class WorkerDocument(_Document):
+    """A worker process and its host."""
+
+    id: str
+    host: str
+    state: Literal["live", "draining", "silent"]
+    cores: int
+    memory_bytes: int = Field(description="The host's.")
+    memory_predicted_bytes: int = Field(description="What all steps that run on the host are predicted to use.")
+    memory_limit_bytes: int | None = Field(description="What one step of this worker may use.")
+    disk_bytes: int | None = Field(description="Of the file system with its work folder.")
+    disk_free_bytes: int | None
+    slots: dict[str, SlotsDocument] = Field(description="Resource class -> slots.")
+    toolchain_id: str
+    toolchain: dict[str, str] = Field(description="Package -> version.")
+    isolation: str | None = Field(description="`strong` or `weak`.")
+    started_at: datetime
+    heartbeat_age_s: float
+    draining_at: datetime | None
+    running: list[RunningStep]
+
+
+class WorkerList(_Document):
+    """The fleet."""
+
+    workers: list[WorkerDocument]
+
+
 _PROBLEM_TEXTS = {
     401: "An API key is needed, or the one given is not valid.",
-    403: "The folder or the origin is not allowed.",
+    403: "The folder, the origin or the key does not allow it.",
     404: "There is no such thing, or it is another tenant's.",
     409: "The thing's state forbids it.",
     413: "The body is too large.",

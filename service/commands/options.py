@@ -77,7 +77,9 @@ IgnoreCustomCode = Annotated[
         "--ignore-custom-code", help="Use the built-in class where the checkpoint names code of its own (auto_map)."
     ),
 ]
-Priority = Annotated[int | None, typer.Option("--priority", metavar="N", help="Higher runs first, -100 to 100.")]
+Priority = Annotated[
+    int | None, typer.Option("--priority", metavar="N", help="-100 to 100; your own higher ones run first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DataDir = Annotated[
     Path | None,

@@ -126,6 +126,9 @@ def create_key(
     expires_days: Annotated[
         float | None, typer.Option("--expires-days", metavar="N", help="Valid for so long; for ever if not given.")
     ] = None,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="The key may also see and drain workers, with all tenants' work on them.")
+    ] = False,
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -137,9 +140,10 @@ def create_key(
     with _ledger(data_dir) as ledger:
         access.ensure_tenant(ledger, tenant)
         lifetime_s = None if expires_days is None else expires_days * _DAY_S
-        key = access.create_key(ledger, tenant, name, lifetime_s)
+        key = access.create_key(ledger, tenant, name, lifetime_s, is_operator=operator)
     if as_json:
-        print_json({"id": key.id, "prefix": key.prefix, "key": key.secret, "tenant": tenant, "name": name})
+        facts = {"tenant": tenant, "name": name, "is_operator": operator}
+        print_json({"id": key.id, "prefix": key.prefix, "key": key.secret, **facts})
         return
     say(f"Key {key.id} for tenant {tenant}. It is shown only now:")
     print(key.secret)
@@ -155,12 +159,18 @@ def list_keys(tenant: Tenant = "default", data_dir: options.DataDir = None, as_j
     if as_json:
         print_json(found)
         return
-    columns = ("id", "name", "prefix", "created", "expires", "revoked")
+    instants = ("created", "expires", "revoked")
     rows = [
-        [key["id"], key["name"], key["prefix"], *(format_time(key[f"{what}_at"]) for what in columns[3:])]
+        [
+            key["id"],
+            key["name"],
+            key["prefix"],
+            "yes" if key["is_operator"] else "no",
+            *(format_time(key[f"{what}_at"]) for what in instants),
+        ]
         for key in found
     ]
-    print_table(columns, rows)
+    print_table(("id", "name", "prefix", "operator", *instants), rows)
 
 
 @keys.command("revoke")

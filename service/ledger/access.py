@@ -33,6 +33,19 @@ class NewKey:
     secret: str
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Whose request it is."""
+
+    tenant_id: str
+    #: Whether the fleet, and all tenants' work on it, may be seen and managed.
+    is_operator: bool
+
+
+#: Whoever sits at the machine that serves on loopback.
+LOCAL_CALLER = Caller(DEFAULT_TENANT, is_operator=True)
+
+
 @writes
 def ensure_tenant(tx: Transaction, tenant_id: str) -> None:
     """Enter a tenant unless it is there."""
@@ -40,7 +53,9 @@ def ensure_tenant(tx: Transaction, tenant_id: str) -> None:
 
 
 @writes
-def create_key(tx: Transaction, tenant_id: str, name: str, lifetime_s: float | None = None) -> NewKey:
+def create_key(
+    tx: Transaction, tenant_id: str, name: str, lifetime_s: float | None = None, *, is_operator: bool = False
+) -> NewKey:
     """Make an API key for a tenant that exists."""
     prefix = f"ek_{secrets.token_hex(4)}"
     secret = f"{prefix}_{secrets.token_urlsafe(32)}"
@@ -52,6 +67,7 @@ def create_key(tx: Transaction, tenant_id: str, name: str, lifetime_s: float | N
             name=name,
             prefix=prefix,
             key_digest=hashlib.sha256(secret.encode()).hexdigest(),
+            is_operator=is_operator,
             created_at=now(),
             expires_at=None if lifetime_s is None else now(lifetime_s),
         )
@@ -60,11 +76,11 @@ def create_key(tx: Transaction, tenant_id: str, name: str, lifetime_s: float | N
 
 
 @reads
-def find_tenant(connection: Connection, secret: str) -> str:
-    """Return the tenant whose key this is; raises `Unauthorized`. Compares in constant time."""
+def find_caller(connection: Connection, secret: str) -> Caller:
+    """Return whose key this is; raises `Unauthorized`. Compares in constant time."""
     digest = hashlib.sha256(secret.encode()).hexdigest()
     row = connection.execute(
-        select(ApiKey.tenant_id, ApiKey.key_digest).where(
+        select(ApiKey.tenant_id, ApiKey.is_operator, ApiKey.key_digest).where(
             ApiKey.prefix == secret[:11],
             ApiKey.revoked_at.is_(None),
             or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now()),
@@ -72,14 +88,22 @@ def find_tenant(connection: Connection, secret: str) -> str:
     ).one_or_none()
     if not hmac.compare_digest(row.key_digest if row else "0" * 64, digest) or row is None:
         raise Unauthorized("The API key is not valid, has expired or was revoked. `edgekiln keys create` makes one.")
-    return str(row.tenant_id)
+    return Caller(row.tenant_id, row.is_operator)
 
 
 @reads
 def list_keys(connection: Connection, tenant_id: str) -> list[dict[str, Any]]:
     """Return a tenant's keys without their secrets."""
     rows = connection.execute(
-        select(ApiKey.id, ApiKey.name, ApiKey.prefix, ApiKey.created_at, ApiKey.expires_at, ApiKey.revoked_at)
+        select(
+            ApiKey.id,
+            ApiKey.name,
+            ApiKey.prefix,
+            ApiKey.is_operator,
+            ApiKey.created_at,
+            ApiKey.expires_at,
+            ApiKey.revoked_at,
+        )
         .where(ApiKey.tenant_id == tenant_id)
         .order_by(ApiKey.created_at)
     )

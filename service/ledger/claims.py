@@ -11,33 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, or_, select, true, update
+from sqlalchemy import Connection, and_, func, insert, select, update
 
 from service.errors import EdgeKilnError, LeaseLost, Parked, StepLost
 from service.ledger import locks
 from service.ledger.blobs import OutputFile
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
+from service.ledger.due import ABILITIES, find_due_steps, is_class_due, is_due, is_running, select_due, take_turn
 from service.ledger.events import emit
-from service.ledger.fleet import WORKER_SILENCE_S
+from service.ledger.fleet import is_draining, select_claiming_slots
 from service.ledger.moves import close_attempt, live_job_ids, move_step, settle
 from service.ledger.states import AttemptState, StepEvent, StepState
-from service.ledger.tables import (
-    Attempt,
-    Host,
-    JobStep,
-    Step,
-    StepInput,
-    StepOutput,
-    Worker,
-)
-
-#: How many due steps a claim looks at before it gives up to rivals.
-_CANDIDATES = 8
-#: What decides which steps a worker can run.
-_ABILITIES = (Worker.toolchain_id, Worker.toolchain, Worker.memory_limit_bytes)
-#: Share of a host's memory that its running steps may be predicted to use together; the rest is the system's.
-_USABLE_MEMORY = 0.9
+from service.ledger.tables import Attempt, JobStep, Step, StepInput, StepOutput, Worker
 
 
 @dataclass(frozen=True)
@@ -86,17 +72,17 @@ class Claim:
 
 @writes
 def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: LeasePolicy) -> Claim | None:
-    """Claim the most urgent due step of a class that this worker's host may run now; None when there is none.
+    """Claim the next due step of a class that this worker's host may run now; None when there is none.
 
-    Due is what is queued, and what runs under an expired lease. The order is priority, then age.
+    Due is what is queued, and what runs under an expired lease. Whose step is next, `service.ledger.due` says.
     """
-    worker = tx.connection.execute(
-        select(*_ABILITIES, Worker.host_id, Worker.slots).where(Worker.id == worker_id)
-    ).one()
+    worker = tx.connection.execute(select(*ABILITIES, Worker.host_id, Worker.slots).where(Worker.id == worker_id)).one()
     locks.lock_host(tx, worker.host_id)
+    if is_draining(tx.connection, worker_id):
+        return None
     if not _has_room(tx, worker_id, worker.host_id, resource_class, worker.slots.get(resource_class, 0), policy):
         return None
-    due = _due_step_ids(tx, resource_class, worker)
+    due = find_due_steps(tx, resource_class, worker)
     for step_id in due:
         locks.lock_step_with_jobs(tx, step_id)
         if _end_hopeless(tx, step_id, policy):
@@ -107,6 +93,7 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
             if len(due) > 1:
                 # One wake-up, one step: whoever claims one of several wakes the next.
                 tx.due_classes.add(resource_class)
+            take_turn(tx, claim.tenant_id, resource_class)
             return claim
     return None
 
@@ -118,7 +105,7 @@ def _has_room(
     running = tx.connection.execute(
         select(Step.resource_class, Step.worker_id, func.count())
         .join(Worker, Worker.id == Step.worker_id)
-        .where(Step.state == StepState.RUNNING, Step.lease_expires_at > now(), Worker.host_id == host_id)
+        .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == host_id)
         .group_by(Step.resource_class, Step.worker_id)
     ).all()
     mine = sum(count for name, owner, count in running if name == resource_class and owner == worker_id)
@@ -129,84 +116,10 @@ def _has_room(
     if any(name == "device" for name, _, _ in running):
         return False
     # A benchmark that has waited long enough holds other work back where it can run, until that host is idle.
-    if not any(slots.get("device", 0) > 0 for slots in _live_slots(tx.connection, host_id)):
+    if not any(slots.get("device", 0) > 0 for slots in select_claiming_slots(tx.connection, host_id)):
         return True
-    impatient = select(Step.id).where(
-        _is_due(),
-        Step.resource_class == "device",
-        Step.queued_at < now(-policy.benchmark_patience_s),
-    )
+    impatient = select_due("device", Step.queued_at < now(-policy.benchmark_patience_s))
     return tx.connection.execute(impatient.limit(1)).first() is None
-
-
-def _live_slots(connection: Connection, host_id: str | None = None) -> list[dict[str, int]]:
-    """Slots of the workers heard of lately, of one host or of all."""
-    statement = select(Worker.slots).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
-    if host_id is not None:
-        statement = statement.where(Worker.host_id == host_id)
-    return list(connection.execute(statement).scalars())
-
-
-def _is_due() -> Any:
-    return or_(
-        and_(Step.state == StepState.QUEUED, or_(Step.run_after.is_(None), Step.run_after <= now())),
-        and_(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()),
-    )
-
-
-def _due_step_ids(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
-    """Return the most urgent due steps that this worker can run now, or that no live worker ever can.
-
-    A bundle comes first: it takes a moment, and everything else of its variant waits for it.
-
-    The latter are claimed to be failed with a sentence: nobody will ever come for them.
-    """
-    mine = and_(_is_made_by(worker), _fits(worker.memory_limit_bytes))
-    others = tx.connection.execute(select(*_ABILITIES).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))).all()
-    is_orphan = ~or_(mine, *(and_(_is_made_by(other), _fits(other.memory_limit_bytes)) for other in others))
-    mine_now = and_(mine, _fits(_find_free_memory(tx, worker.host_id)))
-    rows = tx.connection.execute(
-        select(Step.id)
-        .where(Step.resource_class == resource_class, _is_due(), or_(mine_now, is_orphan))
-        .order_by(Step.priority.desc(), Step.kind != "bundle", Step.queued_at, Step.id)
-        .limit(_CANDIDATES)
-    )
-    return list(rows.scalars())
-
-
-def _fits(memory_bytes: int | None) -> Any:
-    """Whether a step is predicted to need at most so much memory; None: any step fits."""
-    if memory_bytes is None:
-        return true()
-    return or_(Step.predicted_peak_anon_bytes.is_(None), Step.predicted_peak_anon_bytes <= memory_bytes)
-
-
-def _find_free_memory(tx: Transaction, host_id: str) -> int | None:
-    """Return what the predictions of the host's running steps leave of its memory; None while there are none.
-
-    A step alone is bounded by its worker's limit, and two that each fit need not fit together.
-    """
-    running = tx.connection.execute(
-        select(func.sum(Step.predicted_peak_anon_bytes))
-        .join(Worker, Worker.id == Step.worker_id)
-        .where(Step.state == StepState.RUNNING, Step.lease_expires_at > now(), Worker.host_id == host_id)
-    ).scalar_one()
-    if running is None:
-        return None
-    total = tx.connection.execute(select(Host.memory_bytes).where(Host.id == host_id)).scalar_one()
-    return int(total * _USABLE_MEMORY) - int(running)
-
-
-def _is_made_by(worker: Any) -> Any:
-    """Whether a step was planned for a worker's tools; steps that make no bytes are planned for none."""
-    revisions = worker.toolchain["revisions"].items()
-    return or_(
-        Step.revision == "",
-        and_(
-            Step.toolchain_id == worker.toolchain_id,
-            or_(*(and_(Step.kind == kind, Step.revision == revision) for kind, revision in revisions)),
-        ),
-    )
 
 
 def _end_hopeless(tx: Transaction, step_id: str, policy: LeasePolicy) -> bool:
@@ -241,7 +154,7 @@ def _take(tx: Transaction, step_id: str, worker_id: str, lease_s: float) -> Clai
         tx,
         step_id,
         StepEvent.CLAIM,
-        only_if=_is_due(),
+        only_if=is_due(),
         token=before.token,
         worker_id=worker_id,
         lease_expires_at=now(lease_s),
@@ -383,16 +296,15 @@ def _lost_measurement(kind: str) -> StepLost:
 
 @reads
 def due_classes(connection: Connection) -> list[str]:
-    """Return the resource classes with due work that some live worker has slots for."""
-    statement = select(Step.resource_class).where(_is_due()).distinct().order_by(Step.resource_class)
-    served = {name for slots in _live_slots(connection) for name, count in slots.items() if count > 0}
-    return [name for name in connection.execute(statement).scalars() if name in served]
+    """Return the resource classes with due work that some live worker has slots for and may claim."""
+    served = {name for slots in select_claiming_slots(connection) for name, count in slots.items() if count > 0}
+    return [name for name in sorted(served) if is_class_due(connection, name)]
 
 
 @writes
 def end_hopeless_steps(tx: Transaction, policy: LeasePolicy) -> None:
     """End the steps whose workers vanished and that nobody may take over."""
-    statement = select(Step.id).where(Step.state == StepState.RUNNING, Step.lease_expires_at <= now())
+    statement = select(Step.id).where(is_running(), Step.lease_expires_at <= now())
     for step_id in tx.connection.execute(statement.order_by(Step.id)).scalars().all():
         locks.lock_step_with_jobs(tx, step_id)
         _end_hopeless(tx, step_id, policy)

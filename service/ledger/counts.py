@@ -9,7 +9,7 @@ from sqlalchemy import Connection, func, select
 
 from service.ledger.clock import now
 from service.ledger.database import reads
-from service.ledger.fleet import WORKER_SILENCE_S
+from service.ledger.fleet import is_live
 from service.ledger.states import JobState, StepState
 from service.ledger.tables import Blob, Job, JobStep, Step, Worker
 
@@ -52,7 +52,7 @@ def read_counts(connection: Connection) -> Counts:
     jobs = connection.execute(
         select(Job.state, func.count()).where(Job.state.in_(_UNFINISHED_JOBS)).group_by(Job.state)
     )
-    workers = select(func.count()).select_from(Worker).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
+    workers = select(func.count()).select_from(Worker).where(is_live())
     reused = select(func.count()).select_from(JobStep).where(JobStep.reused)
     blobs = select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0)).where(Blob.swept_at.is_(None))
     number, size_bytes = connection.execute(blobs).one()

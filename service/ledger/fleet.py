@@ -1,6 +1,7 @@
-"""Hosts and workers as the ledger knows them.
+"""Hosts and workers as the ledger knows them: who has come, who lives, who is being drained.
 
-Called by `workers.process`; read by `/readyz` and by `edgekiln health`.
+Called by `workers.process`, and by `service.api` for operators; read by `/readyz` and by `edgekiln health`. What they
+are running is in `service.ledger.roster`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, insert, select, update
 
+from service.errors import NotFound
+from service.ledger import locks
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
 from service.ledger.keys import Toolchain, new_id
@@ -17,6 +20,11 @@ from service.ledger.tables import Host, Worker
 
 #: A worker that was silent this long is not counted on; its steps pass on by their leases, much earlier.
 WORKER_SILENCE_S = 60.0
+
+
+def is_live() -> ColumnElement[bool]:
+    """Whether a worker is counted on: heard of lately, and not ended in good order."""
+    return and_(Worker.heartbeat_at > now(-WORKER_SILENCE_S), Worker.ended_at.is_(None))
 
 
 @writes
@@ -30,10 +38,13 @@ def register_worker(
     slots: Mapping[str, int],
     toolchain: Toolchain,
     isolation: Mapping[str, Any],
+    disk_bytes: int | None = None,
+    disk_free_bytes: int | None = None,
 ) -> str:
     """Enter a worker process and its host; return the worker's id.
 
-    `memory_bytes` is the host's whole memory, `memory_limit_bytes` what one step of this worker may use of it.
+    `memory_bytes` is the host's whole memory, `memory_limit_bytes` what one step of this worker may use of it;
+    `disk_bytes` and `disk_free_bytes` are of the file system with its work folder.
     """
     record = {"cores": cores, "memory_bytes": memory_bytes}
     tx.connection.execute(
@@ -49,6 +60,8 @@ def register_worker(
             toolchain_id=toolchain.id,
             isolation=dict(isolation),
             memory_limit_bytes=memory_limit_bytes,
+            disk_bytes=disk_bytes,
+            disk_free_bytes=disk_free_bytes,
             started_at=now(),
             heartbeat_at=now(),
         )
@@ -57,9 +70,57 @@ def register_worker(
 
 
 @writes
-def beat_worker(tx: Transaction, worker_id: str) -> None:
-    """Say that a worker lives."""
-    tx.connection.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now()))
+def beat_worker(tx: Transaction, worker_id: str, disk_free_bytes: int | None = None) -> None:
+    """Say that a worker lives, and how much disk it has left."""
+    beat = update(Worker).where(Worker.id == worker_id)
+    tx.connection.execute(beat.values(heartbeat_at=now(), disk_free_bytes=disk_free_bytes))
+
+
+@writes
+def end_worker(tx: Transaction, worker_id: str) -> None:
+    """Say that a worker has ended in good order: nobody waits for its next heartbeat."""
+    tx.connection.execute(update(Worker).where(Worker.id == worker_id).values(ended_at=now()))
+
+
+@writes
+def drain_worker(tx: Transaction, worker_id: str) -> None:
+    """Let a worker claim nothing more and finish what it runs; raises `NotFound`.
+
+    When this returns, no claim of the worker's is under way.
+    """
+    _lock_host(tx, worker_id)
+    is_claiming = Worker.id == worker_id, Worker.draining_at.is_(None)
+    tx.connection.execute(update(Worker).where(*is_claiming).values(draining_at=now()))
+
+
+@writes
+def resume_worker(tx: Transaction, worker_id: str) -> None:
+    """Let a drained worker claim again, and wake it; raises `NotFound`."""
+    tx.due_classes.update(_lock_host(tx, worker_id))
+    tx.connection.execute(update(Worker).where(Worker.id == worker_id).values(draining_at=None))
+
+
+def _lock_host(tx: Transaction, worker_id: str) -> list[str]:
+    """Keep the worker from claiming meanwhile; return the classes that it serves."""
+    row = tx.connection.execute(select(Worker.host_id, Worker.slots).where(Worker.id == worker_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no worker {worker_id!r}. `edgekiln workers` lists those there are.", worker=worker_id)
+    locks.lock_host(tx, row.host_id)
+    return [name for name, count in row.slots.items() if count > 0]
+
+
+def is_draining(connection: Connection, worker_id: str) -> bool:
+    """Whether a worker must not claim."""
+    draining = select(Worker.id).where(Worker.id == worker_id, Worker.draining_at.is_not(None))
+    return connection.execute(draining).first() is not None
+
+
+def select_claiming_slots(connection: Connection, host_id: str | None = None) -> list[dict[str, int]]:
+    """Return the slots of the live workers that claim, of one host or of all, in a transaction of the caller's."""
+    statement = select(Worker.slots).where(is_live(), Worker.draining_at.is_(None))
+    if host_id is not None:
+        statement = statement.where(Worker.host_id == host_id)
+    return list(connection.execute(statement).scalars())
 
 
 @reads
@@ -71,7 +132,7 @@ def is_heard(connection: Connection, worker_id: str, within_s: float) -> bool:
 
 @reads
 def list_workers(connection: Connection, seen_within_s: float) -> list[dict[str, Any]]:
-    """Return the workers heard of lately."""
+    """Return the workers heard of lately, as `/readyz` shows them: nothing of what they run."""
     rows = connection.execute(
         select(
             Worker.id,
@@ -82,7 +143,7 @@ def list_workers(connection: Connection, seen_within_s: float) -> list[dict[str,
             Worker.memory_limit_bytes,
             Worker.heartbeat_at,
         )
-        .where(Worker.heartbeat_at > now(-seen_within_s))
+        .where(Worker.heartbeat_at > now(-seen_within_s), Worker.ended_at.is_(None))
         .order_by(Worker.started_at)
     )
     return [
@@ -108,8 +169,6 @@ def find_largest_memory(connection: Connection, resource_class: str) -> int | No
 def select_largest_memory(connection: Connection, resource_class: str) -> int | None:
     """Do the same in a transaction of the caller's."""
     rows = connection.execute(
-        select(Worker.memory_limit_bytes, Worker.slots).where(
-            Worker.heartbeat_at > now(-WORKER_SILENCE_S), Worker.memory_limit_bytes.is_not(None)
-        )
+        select(Worker.memory_limit_bytes, Worker.slots).where(is_live(), Worker.memory_limit_bytes.is_not(None))
     )
     return max((row.memory_limit_bytes for row in rows if row.slots.get(resource_class, 0) > 0), default=None)

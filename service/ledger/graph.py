@@ -127,6 +127,7 @@ def _ensure_step(
         "predicted_peak_anon_bytes": spec.predicted_peak_anon_bytes,
         "state": StepState.QUEUED if is_due else StepState.WAITING,
         "priority": job.priority,
+        "rank": _rank_step(spec.kind, job.priority),
         "token": 0,
         "failure_count": 0,
         "loss_count": 0,
@@ -190,9 +191,20 @@ def _join_step(tx: Transaction, job: Any, key: str) -> str:
     if step_id is None:
         raise StaleView
     locks.lock_steps(tx, [step_id])
-    row = tx.connection.execute(select(Step.state, Step.priority, Step.retired_at).where(Step.id == step_id)).one()
+    row = tx.connection.execute(
+        select(Step.kind, Step.state, Step.priority, Step.retired_at).where(Step.id == step_id)
+    ).one()
     if row.state in (StepState.FAILED, StepState.CANCELLED) or row.retired_at is not None:
         raise StaleView
     if row.priority < job.priority:
-        tx.connection.execute(update(Step).where(Step.id == step_id).values(priority=job.priority))
+        values = {"priority": job.priority, "rank": _rank_step(row.kind, job.priority)}
+        tx.connection.execute(update(Step).where(Step.id == step_id).values(**values))
     return str(step_id)
+
+
+def _rank_step(kind: str, priority: int) -> int:
+    """Return a step's place among its tenant's, smaller first: by priority, then bundles.
+
+    A bundle takes a moment, and everything else of its variant waits for it.
+    """
+    return -2 * priority - (kind == "bundle")

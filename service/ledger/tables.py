@@ -10,7 +10,17 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, String, Text, UniqueConstraint, text
+from sqlalchemy import (
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.ledger.base import Base
@@ -45,6 +55,8 @@ class ApiKey(Base):
     prefix: Mapped[str] = mapped_column(String(16), unique=True)
     #: SHA-256 of the whole key; 32 random bytes need no slow hash.
     key_digest: Mapped[str] = mapped_column(String(64))
+    #: Whether its holder may look after the fleet, and see all tenants' work there.
+    is_operator: Mapped[bool] = mapped_column(server_default=false())
     created_at: Mapped[dt.datetime]
     expires_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]
@@ -131,8 +143,15 @@ class Worker(Base):
     isolation: Mapped[dict[str, Any]]
     #: Anonymous memory one of its steps may use; None: registered before this was known, and not counted on.
     memory_limit_bytes: Mapped[int | None]
+    #: Of the file system with its work folder; None: not said.
+    disk_bytes: Mapped[int | None]
+    disk_free_bytes: Mapped[int | None]
     started_at: Mapped[dt.datetime]
     heartbeat_at: Mapped[dt.datetime]
+    #: Since when it claims nothing and only finishes what it runs.
+    draining_at: Mapped[dt.datetime | None]
+    #: When it ended in good order; one that vanished is only silent.
+    ended_at: Mapped[dt.datetime | None]
 
 
 class Step(Base):
@@ -151,14 +170,24 @@ class Step(Base):
             postgresql_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
             sqlite_where=text("shared AND retired_at IS NULL AND state NOT IN ('failed', 'cancelled')"),
         ),
-        # What a claim reads: few rows, whatever the number of finished steps.
+        # What claims read, in the order of claiming: unfinished steps only.
         Index(
-            "ix_steps_due",
+            "ix_steps_queue",
             "resource_class",
-            "priority",
+            "tenant_id",
+            "rank",
             "queued_at",
+            "id",
             postgresql_where=text("state IN ('queued', 'running')"),
             sqlite_where=text("state IN ('queued', 'running')"),
+        ),
+        # No more rows than the fleet has slots.
+        Index(
+            "ix_steps_running",
+            "tenant_id",
+            "resource_class",
+            postgresql_where=text("state = 'running'"),
+            sqlite_where=text("state = 'running'"),
         ),
     )
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -172,6 +201,8 @@ class Step(Base):
     state: Mapped[str] = mapped_column(String(16))
     #: The highest priority that any of its jobs had.
     priority: Mapped[int] = mapped_column(default=0)
+    #: Place among its tenant's steps, smaller first: by priority, then bundles, which take a moment and are waited for.
+    rank: Mapped[int] = mapped_column(server_default="0")
     #: Fencing token: raised by every claim, demanded by every later write.
     token: Mapped[int] = mapped_column(default=0)
     worker_id: Mapped[str | None] = mapped_column(ForeignKey("workers.id"))
@@ -199,6 +230,15 @@ class Step(Base):
     finalized_at: Mapped[dt.datetime | None]
     #: Set when its blobs were given up; such a step is never joined.
     retired_at: Mapped[dt.datetime | None]
+
+
+class Turn(Base):
+    """When a tenant's step of a class was last claimed: who has waited longest is next."""
+
+    __tablename__ = "turns"
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    resource_class: Mapped[str] = mapped_column(String(16), primary_key=True)
+    taken_at: Mapped[dt.datetime]
 
 
 class StepInput(Base):

@@ -39,7 +39,7 @@ def test_checks_and_partial_indexes_are_in_the_database(database: Database) -> N
     indexes = {str(index["name"]): index for index in schema.get_indexes("steps")}
     assert indexes["uq_steps_shared_key"]["unique"]
     assert "retired_at" in read_condition(indexes["uq_steps_shared_key"])
-    assert "queued" in read_condition(indexes["ix_steps_due"])
+    assert "queued" in read_condition(indexes["ix_steps_queue"])
 
 
 def test_work_that_an_older_version_left_is_kept(tmp_path: Path) -> None:

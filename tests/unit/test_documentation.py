@@ -106,6 +106,8 @@ def say_default(name: str, value: Any) -> str:
 
 def command_names(command: Any, words: tuple[str, ...] = ("edgekiln",)) -> Iterator[str]:
     if isinstance(command, TyperGroup):
+        if command.invoke_without_command:
+            yield " ".join(words)
         for name, child in command.commands.items():
             yield from command_names(child, (*words, name))
     else:
@@ -257,7 +259,7 @@ def test_nothing_is_named_that_is_not_there(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", PAGES[name])) <= targets
     # What is typed: in backquotes or at the beginning of a line of a code block.
-    typed = re.findall(r"(?:^|`|\$\()edgekiln ((?:keys |schedules )?[a-z]+)", PAGES[name], re.MULTILINE)
+    typed = re.findall(r"(?:^|`|\$\()edgekiln ((?:keys |schedules |workers )?[a-z]+)", PAGES[name], re.MULTILINE)
     assert {f"edgekiln {words}" for words in typed} <= {*COMMANDS}
 
 
