@@ -20,14 +20,22 @@ from typer.exceptions import TyperException
 from service.commands import catalogue, choice, convert, health, jobs, prompt, schedules, server, sweep, workers
 from service.commands.interrupts import INTERRUPTED
 from service.commands.output import format_error, print_json, say
-from service.errors import EdgeKilnError, InvalidRequest, InvalidSettings, RemoteError, SourceNotFound
+from service.errors import (
+    CalibrationInvalid,
+    EdgeKilnError,
+    EvaluationInvalid,
+    InvalidRequest,
+    InvalidSettings,
+    RemoteError,
+    SourceNotFound,
+)
 
 _USAGE = 2
 _FAILED = 1
 #: Key of a context's flag.
 _FOR_PROGRAM = "edgekiln.is_for_program"
 #: What the caller must put right before trying again.
-_USAGE_ERRORS = (InvalidRequest, InvalidSettings, SourceNotFound)
+_USAGE_ERRORS = (CalibrationInvalid, EvaluationInvalid, InvalidRequest, InvalidSettings, SourceNotFound)
 
 
 class _Commands(typer.core.TyperGroup):

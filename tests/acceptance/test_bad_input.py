@@ -288,6 +288,7 @@ CASES = [
         ("line 2", '{"prompt": "..."}'),
         options=("-r", "static_int8", "--calibration-prompts", "FILE"),
         content=b'{"prompt": "1+1="}\n{"question": "2+2="}\n',
+        exit_code=2,
     ),
     Bad(
         "calibration-without-template",
