@@ -37,10 +37,12 @@ test-families: install ## Convert and prove every family, and write docs/support
 SEED := $(or $(SEED),$(shell date +%s))
 RACES ?= 5000
 EXAMPLES ?= 300
+STORE_JOBS ?= 100
+CHAOS := CHAOS_SEED=$(SEED) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
+	CHAOS_STORE_JOBS=$(STORE_JOBS)
 
-chaos: install ## Prove by faults, the long form (SEED, RACES, EXAMPLES; see docs/reliability.md)
-	CHAOS_SEED=$(SEED) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
-		$(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos
+chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)
+	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos
 
 check: install ## Lint, types, import rules
 	$(BIN)/ruff check .

@@ -37,6 +37,15 @@ def free_port() -> int:
         return port
 
 
+def find_postgres() -> Path:
+    """Return the path of the installed server's `pg_ctl`; its other programs stand beside it."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), reverse=True)
+    pg_ctl = shutil.which("pg_ctl") or (programs[0] if programs else None)
+    if pg_ctl is None:
+        give_up("no PostgreSQL: set EDGEKILN_TEST_POSTGRES_URL or install the server")
+    return Path(pg_ctl)
+
+
 @contextlib.contextmanager
 def postgres_url() -> Iterator[str]:
     """Yield the SQLAlchemy URL of a PostgreSQL where databases may be made."""
@@ -44,16 +53,13 @@ def postgres_url() -> Iterator[str]:
     if named:
         yield named
         return
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), reverse=True)
-    pg_ctl = shutil.which("pg_ctl") or (str(programs[0]) if programs else None)
-    if pg_ctl is None:
-        give_up("no PostgreSQL: set EDGEKILN_TEST_POSTGRES_URL or install the server")
+    pg_ctl = find_postgres()
     # The server refuses to run as root.
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix="edgekiln-pg-") as folder:
         Path(folder).chmod(0o777)
         data, port = f"{folder}/data", free_port()
-        initdb = str(Path(pg_ctl).with_name("initdb"))
+        initdb = str(pg_ctl.with_name("initdb"))
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
         subprocess.run(
             [*user, initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"], check=True, capture_output=True

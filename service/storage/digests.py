@@ -32,6 +32,14 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest_stream(chunks: Iterable[bytes]) -> str:
+    """Return SHA-256 (hex) of all that comes."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def report_corrupt(key: str, expected: str, found: str, size_bytes: int) -> BlobCorrupt:
     """Build the error for bytes that are not what they should be."""
     return BlobCorrupt(

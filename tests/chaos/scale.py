@@ -10,12 +10,12 @@ import os
 #: Chooses who is hit, how and when; the same seed plays the same faults.
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
 #: Jobs of eight steps that a storm must bring to their end.
-JOBS = int(os.environ.get("CHAOS_JOBS", "24"))
+JOBS = int(os.environ.get("CHAOS_JOBS", "12"))
 #: Races between a holder whose lease has run out and the next one.
 RACES = int(os.environ.get("CHAOS_RACES", "200"))
 #: Histories that the state machine plays on each database; 0: the few of the short form, always the same.
 EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "0"))
 #: Jobs that go through a store that answers wrongly.
-STORE_JOBS = int(os.environ.get("CHAOS_STORE_JOBS", "4"))
+STORE_JOBS = int(os.environ.get("CHAOS_STORE_JOBS", "2"))
 #: How long a soak lasts.
 SOAK_MIN = float(os.environ.get("CHAOS_SOAK_MIN", "10"))

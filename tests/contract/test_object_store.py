@@ -259,10 +259,11 @@ def test_damaged_stream_never_delivers_its_last_chunk() -> None:
     assert list(check_stream([b"ab", b"cd"], "key", digest_bytes(b"abcd"))) == [b"ab", b"cd"]
 
 
-def test_truncated_object_is_written_again(bench: Bench) -> None:
+@pytest.mark.parametrize("damaged", [b"0123", b"0123X56789"], ids=["truncated", "flipped"])
+def test_damaged_object_is_written_again(bench: Bench, damaged: bytes) -> None:
     data = b"0123456789"
     key = put(bench.store, data)
-    bench.damage(key, data[:4])
+    bench.damage(key, damaged)
     assert bench.store.put_bytes(key, data) is True
     assert read(bench.store, key) == data
 
