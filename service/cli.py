@@ -17,7 +17,19 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from service.commands import catalogue, choice, convert, health, jobs, prompt, schedules, server, sweep, workers
+from service.commands import (
+    catalogue,
+    choice,
+    convert,
+    health,
+    jobs,
+    prompt,
+    schedules,
+    server,
+    sweep,
+    tenants,
+    workers,
+)
 from service.commands.interrupts import INTERRUPTED
 from service.commands.output import format_error, print_json, say
 from service.errors import (
@@ -133,6 +145,7 @@ app.command(epilog=catalogue.RECIPES_EPILOG)(catalogue.recipes)
 app.add_typer(schedules.schedules, name="schedules")
 app.add_typer(workers.workers, name="workers")
 app.add_typer(server.keys, name="keys")
+app.add_typer(tenants.tenants, name="tenants")
 app.command(epilog=sweep.GC_EPILOG)(sweep.gc)
 app.command()(server.migrate)
 app.command(epilog=health.HEALTH_EPILOG)(health.health)

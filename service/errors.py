@@ -128,6 +128,14 @@ class Conflict(EdgeKilnError):
     http_status = 409
 
 
+class QuotaExceeded(EdgeKilnError):
+    """The tenant has as much as it may have; `details` holds quota, use and limit."""
+
+    code = "quota_exceeded"
+    retryable = True
+    http_status = 429
+
+
 class IdempotencyMismatch(Conflict):
     """An `Idempotency-Key` was used again with another body."""
 

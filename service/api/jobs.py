@@ -51,7 +51,7 @@ _EXAMPLES: dict[str, Any] = {
     responses={
         **answers(JobDocument, "The job was made; `Location` names it.", 201),
         **answers(JobDocument, "The same `Idempotency-Key` had made this job before.", 200),
-        **problem_responses(403, 409, 413),
+        **problem_responses(403, 409, 413, 429),
     },
 )
 def submit_job(
@@ -133,7 +133,7 @@ def cancel_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONRe
     "/jobs/{job_id}/retry",
     summary="Retry a job",
     response_model=None,
-    responses={**answers(JobDocument, "The job is open again."), **problem_responses(404, 409)},
+    responses={**answers(JobDocument, "The job is open again."), **problem_responses(404, 409, 429)},
 )
 def retry_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
     """Open an ended job again for the variants that did not succeed; finished work is kept."""

@@ -405,6 +405,7 @@ _PROBLEM_TEXTS = {
     413: "The body is too large.",
     416: "The range lies outside the artifact.",
     422: "The request cannot work as written.",
+    429: "The tenant has as much as it may have.",
     503: "Not now; try again later.",
 }
 

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from service.api.context import Context, ContextOf, TenantOf
 from service.api.schemas import UploadDocument, UploadList, answers, problem_responses
 from service.errors import InvalidRequest
-from service.ledger import uploads
+from service.ledger import quotas, uploads
 from service.ledger.blobs import OutputFile, commit_uploaded
 from service.requests import JobRequest
 from service.storage import blob_key
@@ -39,7 +39,7 @@ _BODY = {"content": {"application/octet-stream": {"schema": {"type": "string", "
     responses={
         **answers(UploadDocument, "The file is stored; requests name it by `sha256`.", 201),
         **answers(UploadDocument, "The same bytes were there already.", 200),
-        **problem_responses(413, 503),
+        **problem_responses(413, 429, 503),
     },
 )
 async def store_upload(
@@ -51,6 +51,7 @@ async def store_upload(
     """Store the request's body as it is: calibration text, prompts, an evaluation, a text for perplexity."""
     if request.headers.get("content-type", "").lower().startswith("multipart/"):
         raise InvalidRequest("Send the file's bytes as the body (`curl --data-binary @FILE`), not as a form.")
+    await anyio.to_thread.run_sync(quotas.require_room_for_upload, context.database, tenant_id)
     folder = context.settings.cache_dir / "uploads"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

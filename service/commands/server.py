@@ -107,7 +107,8 @@ def migrate(data_dir: options.DataDir = None) -> None:
 
 
 @contextmanager
-def _ledger(data_dir: Path | None) -> Iterator[Database]:
+def open_ledger(data_dir: Path | None) -> Iterator[Database]:
+    """Open the ledger of a data directory, or the one that is configured."""
     from service.ledger import database
 
     settings = options.read_settings(data_dir=data_dir)
@@ -137,7 +138,7 @@ def create_key(
 
     if expires_days is not None and expires_days <= 0:
         raise InvalidRequest("--expires-days must be more than 0.")
-    with _ledger(data_dir) as ledger:
+    with open_ledger(data_dir) as ledger:
         access.ensure_tenant(ledger, tenant)
         lifetime_s = None if expires_days is None else expires_days * _DAY_S
         key = access.create_key(ledger, tenant, name, lifetime_s, is_operator=operator)
@@ -154,7 +155,7 @@ def list_keys(tenant: Tenant = "default", data_dir: options.DataDir = None, as_j
     """List a tenant's keys, without their secrets."""
     from service.ledger import access
 
-    with _ledger(data_dir) as ledger:
+    with open_ledger(data_dir) as ledger:
         found = access.list_keys(ledger, tenant)
     if as_json:
         print_json(found)
@@ -182,6 +183,6 @@ def revoke_key(
     """End a key at once."""
     from service.ledger import access
 
-    with _ledger(data_dir) as ledger:
+    with open_ledger(data_dir) as ledger:
         access.revoke_key(ledger, tenant, key_id)
     say(f"Key {key_id} is revoked.")

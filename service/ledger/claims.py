@@ -22,6 +22,7 @@ from service.ledger.due import ABILITIES, find_due_steps, is_class_due, is_due, 
 from service.ledger.events import emit
 from service.ledger.fleet import is_draining, select_claiming_slots
 from service.ledger.moves import close_attempt, live_job_ids, move_step, settle
+from service.ledger.quotas import require_slot
 from service.ledger.states import AttemptState, StepEvent, StepState
 from service.ledger.tables import Attempt, JobStep, Step, StepInput, StepOutput, Worker
 
@@ -87,6 +88,7 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
         locks.lock_step_with_jobs(tx, step_id)
         if _end_hopeless(tx, step_id, policy):
             continue
+        require_slot(tx, step_id)
         claim = _take(tx, step_id, worker_id, policy.lease_s)
         if claim is not None:
             settle(tx, step_id)

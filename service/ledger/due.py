@@ -80,19 +80,24 @@ def find_due_steps(tx: Transaction, resource_class: str, worker: Any) -> list[st
 
 
 def find_tenants_in_turn(tx: Transaction, resource_class: str) -> Iterable[str]:
-    """Return the tenants with due steps of a class: the fewest running first, then the longest without a turn."""
-    running = select(func.count()).where(
-        is_running(),
-        Step.lease_expires_at > now(),
-        Step.resource_class == resource_class,
-        Step.tenant_id == Tenant.id,
+    """Return the tenants with due steps of a class: the fewest running first, then the longest without a turn.
+
+    A tenant that has as many steps running as its quota allows has no turn.
+    """
+    running_at_all = select(func.count()).where(
+        is_running(), Step.lease_expires_at > now(), Step.tenant_id == Tenant.id
     )
+    running = running_at_all.where(Step.resource_class == resource_class)
+    is_within_quota = running_at_all.correlate(Tenant).scalar_subquery() < Tenant.max_running_steps
     # A subquery with an order asks the index once a tenant; EXISTS may be turned into a join that reads it all.
     first_due = select_due(resource_class, Step.tenant_id == Tenant.id).limit(1)
     in_turn = (
         select(Tenant.id)
         .outerjoin(Turn, and_(Turn.tenant_id == Tenant.id, Turn.resource_class == resource_class))
-        .where(first_due.correlate(Tenant).scalar_subquery().is_not(None))
+        .where(
+            or_(Tenant.max_running_steps.is_(None), is_within_quota),
+            first_due.correlate(Tenant).scalar_subquery().is_not(None),
+        )
         .order_by(running.correlate(Tenant).scalar_subquery(), Turn.taken_at.asc().nulls_first(), Tenant.id)
     )
     return tx.connection.execute(in_turn).scalars().all()

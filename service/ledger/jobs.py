@@ -19,6 +19,7 @@ from service.ledger.graph import NO_TOOLCHAIN, add_steps
 from service.ledger.keys import digest_json, new_id
 from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted, plan_spec
+from service.ledger.quotas import require_room_for_job
 from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
 from service.ledger.tables import IdempotencyKey, Job, JobStep, JobUpload, Step, Variant
 from service.ledger.uploads import hold_uploads
@@ -43,8 +44,8 @@ def submit_job(
 ) -> Submission:
     """Store a job with its variants and first step; the caller has checked the source's folder.
 
-    Raises `InvalidRequest` for too large a matrix, `UploadNotFound` for a digest that is not the tenant's, and
-    `IdempotencyMismatch` when the key was used for another.
+    Raises `InvalidRequest` for too large a matrix, `QuotaExceeded`, `UploadNotFound` for a digest that is not the
+    tenant's, and `IdempotencyMismatch` when the key was used for another.
     """
     require_few_variants(request, max_variants)
     job_id = new_id("job")
@@ -61,6 +62,7 @@ def add_job(
 ) -> str:
     """Do the same in a transaction of the caller's, and return the job's id; `service.ledger.schedules` does."""
     require_few_variants(request, max_variants)
+    require_room_for_job(tx, tenant_id)
     job_id = job_id or new_id("job")
     tx.connection.execute(
         insert(Job).values(
@@ -160,13 +162,14 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
     """Open an ended job again for the variants that did not succeed.
 
     Work that succeeded is kept. A checkpoint whose plan succeeded is planned again; otherwise the source is
-    looked at afresh. Raises `NotFound`, and `Conflict` when the job is live or has nothing to retry.
+    looked at afresh. Raises `NotFound`, `Conflict` when the job is live or has nothing to retry, and `QuotaExceeded`.
     """
     job = _lock_job(tx, tenant_id, job_id)
     if job.state not in FINAL_JOB_STATES:
         raise Conflict(f"Job {job_id} is {job.state}; only an ended job can be retried.", state=job.state)
     if job.state == JobState.SUCCEEDED:
         raise Conflict(f"Job {job_id} succeeded; there is nothing to retry.", state=job.state)
+    require_room_for_job(tx, tenant_id)
     request = parse_request(job.request)
     tx.connection.execute(
         update(Variant)

@@ -1,4 +1,4 @@
-"""Row locks, in one order: host, jobs by id, steps by id, blobs by digest.
+"""Row locks, in one order: host, jobs by id, steps by id, tenant, blobs by digest.
 
 Without them two inputs that finish at the same instant each see the other as unfinished and strand their dependent.
 The locks are `FOR NO KEY UPDATE`, so that a row that merely refers to a locked one can still be written. SQLite has one
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from sqlalchemy import select
 
 from service.ledger.database import StaleView, Transaction
-from service.ledger.tables import Blob, Host, Job, JobStep, Step
+from service.ledger.tables import Blob, Host, Job, JobStep, Step, Tenant
 
 
 def lock_host(tx: Transaction, host_id: str) -> None:
@@ -35,6 +35,12 @@ def lock_steps(tx: Transaction, step_ids: Iterable[str]) -> None:
         tx.connection.execute(
             select(Step.id).where(Step.id.in_(sorted(step_ids))).order_by(Step.id).with_for_update(key_share=True)
         )
+
+
+def lock_tenant(tx: Transaction, tenant_id: str) -> None:
+    """Let one transaction at a time count against a tenant's quota."""
+    if tx.is_postgresql:
+        tx.connection.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
 
 
 def lock_blobs(tx: Transaction, digests: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select, update
 
-from service.errors import Conflict, EdgeKilnError, NotFound
+from service.errors import Conflict, EdgeKilnError, NotFound, QuotaExceeded
 from service.ledger.clock import now
 from service.ledger.database import Database, Transaction, reads, writes
 from service.ledger.jobs import add_job, require_few_variants
@@ -266,7 +266,8 @@ def _submit(
         with tx.connection.begin_nested():
             return TickOutcome.SUBMITTED, add_job(tx, tenant_id, request, max_variants=max_variants), None
     except EdgeKilnError as error:
-        if error.retryable:
+        # A tenant at its quota does not hold up the others' ticks, and its own is not saved for later.
+        if error.retryable and not isinstance(error, QuotaExceeded):
             raise
         return TickOutcome.REFUSED, None, error.to_json()
 

@@ -42,6 +42,10 @@ class Tenant(Base):
     __tablename__ = "tenants"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     created_at: Mapped[dt.datetime]
+    #: Quotas; None: no limit.
+    max_running_steps: Mapped[int | None]
+    max_unfinished_jobs: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None]
 
 
 class ApiKey(Base):
@@ -69,6 +73,13 @@ class Job(Base):
     __table_args__ = (
         CheckConstraint(_finalized_check(FINAL_JOB_STATES), name="finalized"),
         Index("ix_jobs_tenant_created", "tenant_id", "created_at", "id"),
+        Index("ix_jobs_tenant_state", "tenant_id", "state", "created_at", "id"),
+        Index(
+            "ix_jobs_unfinished",
+            "tenant_id",
+            postgresql_where=text("finalized_at IS NULL"),
+            sqlite_where=text("finalized_at IS NULL"),
+        ),
     )
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))

@@ -259,7 +259,9 @@ def test_nothing_is_named_that_is_not_there(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", PAGES[name])) <= targets
     # What is typed: in backquotes or at the beginning of a line of a code block.
-    typed = re.findall(r"(?:^|`|\$\()edgekiln ((?:keys |schedules |workers )?[a-z]+)", PAGES[name], re.MULTILINE)
+    typed = re.findall(
+        r"(?:^|`|\$\()edgekiln ((?:keys |schedules |tenants |workers )?[a-z]+)", PAGES[name], re.MULTILINE
+    )
     assert {f"edgekiln {words}" for words in typed} <= {*COMMANDS}
 
 

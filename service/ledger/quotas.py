@@ -1,0 +1,123 @@
+"""Quotas: how much of the service one tenant may use at once, and how much it does.
+
+What a tenant has too much of is refused before it is stored (`QuotaExceeded`); steps beyond the number that may run
+wait. Nothing that was accepted is ever ended for a quota. Called by `service.ledger.jobs`, `service.ledger.claims` and
+`service.api.uploads`; set by `edgekiln tenants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, func, select, union, update
+
+from service.errors import NotFound, QuotaExceeded
+from service.ledger import locks
+from service.ledger.clock import now
+from service.ledger.database import StaleView, Transaction, reads, writes
+from service.ledger.due import is_running
+from service.ledger.tables import Attempt, Blob, Job, Step, StepOutput, Tenant, Upload
+
+#: Quota -> what is counted, as its refusal words it.
+QUOTAS = {"running_steps": "running steps", "unfinished_jobs": "unfinished jobs", "stored_bytes": "stored bytes"}
+
+
+@writes
+def set_quotas(tx: Transaction, tenant_id: str, limits: Mapping[str, int | None]) -> None:
+    """Set some of a tenant's quotas, None for no limit; the others stay. Raises `NotFound`."""
+    values = {f"max_{name}": limits[name] for name in QUOTAS if name in limits}
+    found = tx.connection.execute(update(Tenant).where(Tenant.id == tenant_id).values(**values))
+    if found.rowcount != 1:
+        raise NotFound(f"There is no tenant {tenant_id!r}. `edgekiln tenants` lists those there are.", tenant=tenant_id)
+
+
+@reads
+def list_tenants(connection: Connection) -> list[dict[str, Any]]:
+    """Return the tenants with their quotas: what each uses, and its limit."""
+    rows = connection.execute(select(Tenant.__table__).order_by(Tenant.id)).all()
+    return [
+        {
+            "id": row.id,
+            "created_at": row.created_at.isoformat(),
+            "quotas": {
+                name: {"used": _read_use(connection, row.id, name), "limit": getattr(row, f"max_{name}")}
+                for name in QUOTAS
+            },
+        }
+        for row in rows
+    ]
+
+
+def require_room_for_job(tx: Transaction, tenant_id: str) -> None:
+    """Raise `QuotaExceeded` if the tenant may have no further job; until the commit nobody else adds one for it."""
+    limits = _read_limits(tx.connection, tenant_id)
+    if limits["unfinished_jobs"] is not None:
+        locks.lock_tenant(tx, tenant_id)
+    for name in ("unfinished_jobs", "stored_bytes"):
+        _require_room(tx.connection, tenant_id, name, limits[name])
+
+
+@reads
+def require_room_for_upload(connection: Connection, tenant_id: str) -> None:
+    """Raise `QuotaExceeded` if the tenant may store nothing more."""
+    _require_room(connection, tenant_id, "stored_bytes", _read_limits(connection, tenant_id)["stored_bytes"])
+
+
+def require_slot(tx: Transaction, step_id: str) -> None:
+    """Keep two hosts from starting a tenant's last permitted step twice over.
+
+    Raises `StaleView` when the quota was used up since `service.ledger.due` looked: the claim looks again.
+    """
+    tenant_id = tx.connection.execute(select(Step.tenant_id).where(Step.id == step_id)).scalar_one()
+    limit = _read_limits(tx.connection, tenant_id)["running_steps"]
+    if limit is None:
+        return
+    locks.lock_tenant(tx, tenant_id)
+    if _read_use(tx.connection, tenant_id, "running_steps") >= limit:
+        raise StaleView
+
+
+def _require_room(connection: Connection, tenant_id: str, name: str, limit: int | None) -> None:
+    if limit is None:
+        return
+    used = _read_use(connection, tenant_id, name)
+    if used >= limit:
+        raise QuotaExceeded(
+            f"The tenant {tenant_id!r} has {used} {QUOTAS[name]}, and its quota is {limit}. Wait until it has fewer, "
+            "or ask the operator for more (`edgekiln tenants limit`).",
+            quota=name,
+            used=used,
+            limit=limit,
+        )
+
+
+def _read_limits(connection: Connection, tenant_id: str) -> dict[str, int | None]:
+    row = connection.execute(
+        select(Tenant.max_running_steps, Tenant.max_unfinished_jobs, Tenant.max_stored_bytes).where(
+            Tenant.id == tenant_id
+        )
+    ).one()
+    return {name: getattr(row, f"max_{name}") for name in QUOTAS}
+
+
+def _read_use(connection: Connection, tenant_id: str, name: str) -> int:
+    counted: dict[str, Any] = {
+        "running_steps": select(func.count()).where(
+            is_running(), Step.lease_expires_at > now(), Step.tenant_id == tenant_id
+        ),
+        "unfinished_jobs": select(func.count()).where(Job.tenant_id == tenant_id, Job.finalized_at.is_(None)),
+        "stored_bytes": select(func.coalesce(func.sum(Blob.size_bytes), 0)).where(
+            Blob.swept_at.is_(None), Blob.digest.in_(_select_held(tenant_id))
+        ),
+    }
+    return int(connection.execute(counted[name]).scalar_one())
+
+
+def _select_held(tenant_id: str) -> Any:
+    """Return the statement that reads the digests of what a tenant has made or uploaded, each once."""
+    outputs = select(StepOutput.digest).join(Step, Step.id == StepOutput.step_id).where(Step.tenant_id == tenant_id)
+    logs = select(Attempt.log_digest).join(Step, Step.id == Attempt.step_id).where(Step.tenant_id == tenant_id)
+    uploads = select(Upload.digest).where(Upload.tenant_id == tenant_id)
+    held = union(outputs, logs.where(Attempt.log_digest.is_not(None)), uploads).subquery()
+    return select(held.c.digest)
