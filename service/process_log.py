@@ -7,6 +7,7 @@ its own (`service.api.logs`). Called by the entries of the processes and by `wor
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ Form = Literal["text", "json"]
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(bound_text)s"
 _JSON = "%(asctime)s %(levelname)s %(name)s %(message)s"
 #: As the REST API writes instants, in UTC.
-_JSON_TIME = "%Y-%m-%dT%H:%M:%S%z"
+_JSON_TIME = "%Y-%m-%dT%H:%M:%S+00:00"
 _bound: ContextVar[dict[str, str | int]] = ContextVar("bound", default={})  # noqa: B039 - it is replaced, never changed
 
 
@@ -29,7 +30,9 @@ def begin_log(form: Form) -> None:
     handler.addFilter(_add_bound)
     if form == "json":
         renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter(_JSON, rename_fields=renamed, datefmt=_JSON_TIME, reserved_attrs=_RESERVED))
+        formatter = JsonFormatter(_JSON, rename_fields=renamed, datefmt=_JSON_TIME, reserved_attrs=_RESERVED)
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
     else:
         handler.setFormatter(logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

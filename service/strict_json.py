@@ -43,7 +43,8 @@ def parse_json(data: bytes | str) -> Any:
     except UnicodeDecodeError:
         raise JsonInvalid("is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise JsonInvalid(f"is not JSON (line {error.lineno}); it may be truncated") from None
+        where = f" (line {error.lineno})" if "\n" in text else ""
+        raise JsonInvalid(f"is not JSON{where}; it may be truncated") from None
     except JsonInvalid:
         raise
     except ValueError:

@@ -16,9 +16,11 @@ from service.strict_json import JsonInvalid, parse_json
 #: What an uploaded file is called in the folder that a step sees.
 UPLOAD_FILE = "upload"
 
-#: A file of prompts and answers, in bytes and in lines: each line costs a generation of every artifact.
-MAX_EVALUATION_BYTES = 4 * 2**20
-MAX_EVALUATION_PAIRS = 2_000
+#: A file of prompts, in bytes and in lines: each pair of an evaluation costs a generation of every artifact.
+MAX_LINES_BYTES = 4 * 2**20
+MAX_LINES = 2_000
+#: One of its lines; JSON in memory is many times as large.
+MAX_LINE_BYTES = 128 * 2**10
 #: A text, of which perplexity reads the beginning and calibration a few thousand tokens.
 MAX_TEXT_BYTES = 16 * 2**20
 
@@ -27,7 +29,17 @@ EVALUATION_FILE = "evaluation.jsonl"
 
 _PAIR = '{"prompt": "...", "answer": "..."}'
 _PROMPT = '{"prompt": "..."}'
+_EVALUATION = "The evaluation"
+_PERPLEXITY_TEXT = "The text for perplexity"
 _CALIBRATION = "The calibration data"
+
+
+def require_size(purpose: str, size_bytes: int, kind: str | None = None) -> None:
+    """Raise `EvaluationInvalid` or `CalibrationInvalid` for more bytes than are read; see `check_upload`."""
+    names = {"evaluation": _EVALUATION, "perplexity_text": _PERPLEXITY_TEXT}
+    error = EvaluationInvalid if purpose in names else CalibrationInvalid
+    limit_bytes = MAX_LINES_BYTES if purpose == "evaluation" or kind == "prompts" else MAX_TEXT_BYTES
+    _require_size(size_bytes, names.get(purpose, _CALIBRATION), limit_bytes, error)
 
 
 def check_upload(purpose: str, path: Path, kind: str | None = None) -> None:
@@ -51,14 +63,14 @@ def read_evaluation(upload: Path | None, checkpoint: Path) -> list[tuple[str, st
     Raises `EvaluationInvalid` for an upload and `CheckpointInvalid` for the checkpoint's file; both name the line.
     """
     if upload is not None:
-        return _read_pairs(upload, "The evaluation", EvaluationInvalid)
+        return _read_pairs(upload, _EVALUATION, EvaluationInvalid)
     path = checkpoint / EVALUATION_FILE
     return _read_pairs(path, EVALUATION_FILE, CheckpointInvalid) if path.is_file() else []
 
 
 def read_perplexity_text(upload: Path) -> str:
     """Return an uploaded text; raises `EvaluationInvalid` unless it is UTF-8 with something in it."""
-    return _read_text(upload, "The text for perplexity", EvaluationInvalid)
+    return _read_text(upload, _PERPLEXITY_TEXT, EvaluationInvalid)
 
 
 def read_calibration_text(upload: Path) -> str:
@@ -70,7 +82,10 @@ def read_calibration_prompts(upload: Path) -> list[str]:
     """Return uploaded prompts, in order; raises `CalibrationInvalid` that names the line."""
     advice = "Upload such lines, or plain text as the kind text."
     prompts = []
-    for number, item in _read_lines(read_calibration_text(upload), _CALIBRATION, _PROMPT, CalibrationInvalid, advice):
+    text = _require_text(
+        _read_utf8(upload, _CALIBRATION, MAX_LINES_BYTES, CalibrationInvalid), _CALIBRATION, CalibrationInvalid
+    )
+    for number, item in _read_lines(text, _CALIBRATION, _PROMPT, CalibrationInvalid, advice):
         prompt = item.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise CalibrationInvalid(
@@ -82,10 +97,8 @@ def read_calibration_prompts(upload: Path) -> list[str]:
 
 def _read_pairs(path: Path, name: str, error: type[EdgeKilnError]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
-    text = _read_utf8(path, name, MAX_EVALUATION_BYTES, error)
+    text = _read_utf8(path, name, MAX_LINES_BYTES, error)
     for number, item in _read_lines(text, name, _PAIR, error, "Correct or remove it."):
-        if len(pairs) == MAX_EVALUATION_PAIRS:
-            raise error(f"{name}, line {number}: there are more than {MAX_EVALUATION_PAIRS} prompts.", line=number)
         prompt, answer = item.get("prompt"), item.get("answer")
         if not (isinstance(prompt, str) and isinstance(answer, str) and prompt and answer):
             raise error(f"{name}, line {number}: not {_PAIR} with texts, none empty.", line=number)
@@ -100,10 +113,16 @@ def _read_lines(
     text: str, name: str, form: str, error: type[EdgeKilnError], advice: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield number and object of every line that is not blank."""
+    count = 0
     # `splitlines` would also split at separators that JSON allows inside of texts.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        count += 1
+        if count > MAX_LINES:
+            raise error(f"{name}, line {number}: there are more than {MAX_LINES} prompts.", line=number)
+        if len(line.encode()) > MAX_LINE_BYTES:
+            raise error(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes.", line=number)
         try:
             item = parse_json(line)
         except JsonInvalid as failure:
@@ -125,7 +144,10 @@ def is_unicode(text: str) -> bool:
 
 
 def _read_text(path: Path, name: str, error: type[EdgeKilnError]) -> str:
-    text = _read_utf8(path, name, MAX_TEXT_BYTES, error)
+    return _require_text(_read_utf8(path, name, MAX_TEXT_BYTES, error), name, error)
+
+
+def _require_text(text: str, name: str, error: type[EdgeKilnError]) -> str:
     if "\0" in text:
         raise error(f"{name}: binary (a zero at character {text.index(chr(0))}), so it is no text. Upload UTF-8 text.")
     if not text.strip():
@@ -133,11 +155,15 @@ def _read_text(path: Path, name: str, error: type[EdgeKilnError]) -> str:
     return text
 
 
+def _require_size(size_bytes: int, name: str, limit_bytes: int, error: type[EdgeKilnError]) -> None:
+    if size_bytes > limit_bytes:
+        raise error(f"{name}: more than {limit_bytes} bytes.", limit_bytes=limit_bytes)
+
+
 def _read_utf8(path: Path, name: str, limit_bytes: int, error: type[EdgeKilnError]) -> str:
     with path.open("rb") as stream:
         data = stream.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise error(f"{name}: more than {limit_bytes} bytes.", limit_bytes=limit_bytes)
+    _require_size(len(data), name, limit_bytes, error)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:

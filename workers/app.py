@@ -9,6 +9,7 @@ from typing import Any
 
 from celery.signals import worker_init, worker_process_shutdown, worker_ready, worker_shutdown, worker_shutting_down
 
+from service.errors import EdgeKilnError
 from service.metrics import serve_metrics
 from service.process_log import begin_log
 from service.queue import Poker, make_app
@@ -25,8 +26,12 @@ _processes: list[WorkerProcess] = []
 
 @worker_init.connect
 def _build(**_: Any) -> None:
-    serve_metrics(REGISTRY, _settings.metrics_host, _settings.worker_metrics_port)
-    process = WorkerProcess(_settings, Poker(app))
+    try:
+        serve_metrics(REGISTRY, _settings.metrics_host, _settings.worker_metrics_port)
+        process = WorkerProcess(_settings, Poker(app))
+    except EdgeKilnError as error:
+        # Celery passes over exceptions of its signals: the worker would look alive and have no task.
+        raise SystemExit(f"{error.code}: {error.message}") from error
     _processes.append(process)
     register(app, process)
 

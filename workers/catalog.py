@@ -83,7 +83,13 @@ CATALOG: Mapping[str, StepCode] = {
     "plan": StepCode(
         "workers.fetch.plan:run",
         "light",
-        ("workers/fetch/*.py", "workers/convert/architectures/*.py", "workers/convert/tokenizer*.py"),
+        (
+            "workers/fetch/*.py",
+            "workers/convert/architectures/*.py",
+            "workers/convert/tokenizer*.py",
+            "service/strict_json.py",
+            "service/user_files.py",
+        ),
     ),
     "reference": StepCode(
         "workers.verify.reference:run",
@@ -95,11 +101,13 @@ CATALOG: Mapping[str, StepCode] = {
             "workers/verify/reference.py",
             "workers/verify/scoring.py",
             "workers/verify/source*.py",
+            "workers/convert/architectures/parameters.py",
+            "workers/convert/architectures/shape.py",
             "workers/convert/tokenizer_samples.py",
             "service/strict_json.py",
             "service/user_files.py",
         ),
-        # `convert`, which begins with it, has phases on one core: there is room enough.
+        # `convert` begins at the same time and goes first: this uses what it leaves idle in its phases on one core.
         niceness=10,
     ),
     "convert": StepCode(

@@ -143,12 +143,12 @@ class Runner:
                     else:
                         result = self._run_child(claim, step_dir, transfer, keeper)
                         usage = self._measure(result)
-                        record_memory(claim.kind, claim.predicted_peak_anon_bytes, usage.peak_anon_bytes)
                         if result.stopped is not None:
                             return self._end_stopped(claim, result.stopped, result, usage, transfer)
                         if result.error is not None:
                             usage = self._add_log(usage, result, transfer)
                             raise result.error
+                        record_memory(claim.kind, claim.predicted_peak_anon_bytes, usage.peak_anon_bytes)
                         output_dir = result.output_dir
                         outputs = transfer.store_outputs(output_dir)
                         usage = self._add_log(usage, result, transfer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated
@@ -21,9 +22,11 @@ from service.ledger.blobs import OutputFile, commit_uploaded
 from service.requests import JobRequest
 from service.storage import blob_key
 from service.storage.disk import disk_errors
-from service.user_files import check_upload
+from service.user_files import check_upload, require_size
 
 router = APIRouter(prefix="/v1", tags=["uploads"])
+
+_check_lock = threading.Lock()
 
 _PAGE = 50
 _MAX_PAGE = 200
@@ -106,10 +109,12 @@ def check_uploads(context: Context, tenant_id: str, request: JobRequest) -> None
     root = context.settings.cache_dir / "uploads"
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    kind = request.calibration.kind if request.calibration else None
-    with disk_errors(root), tempfile.TemporaryDirectory(dir=root) as folder:
+    # One at a time: what strangers wrote is parsed here, however many submit it.
+    with _check_lock, disk_errors(root), tempfile.TemporaryDirectory(dir=root) as folder:
         for purpose, digest in request.uploads.items():
+            kind = request.calibration.kind if request.calibration and purpose == "calibration" else None
             path = Path(folder) / purpose
+            require_size(purpose, uploads.read_upload(context.database, tenant_id, digest)["size_bytes"], kind)
             context.store.get_file(blob_key(digest), path, digest)
             check_upload(purpose, path, kind)
 

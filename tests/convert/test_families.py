@@ -85,10 +85,12 @@ def test_a_gpt2_of_the_bare_model_needs_no_prefix(tmp_path: Path) -> None:
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     # Old writers stored the causal mask too.
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256) for layer in range(2)}
+    masks |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
     save_file({**bare, **masks}, path)
     params = {"engines": ["auto"], "formats": ["tflite"]}
     assert plan.run(params, {"checkpoint": checkpoint}, tmp_path, lambda *_: None)["family"] == "gpt2"
     assert torch.equal(compute_ours(checkpoint), expected)
+    assert measure_difference(expected, compute_theirs(checkpoint)) < TOLERANCE
 
 
 def test_code_that_a_checkpoint_names_is_never_imported(tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_window_shows_in_the_logits(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"model.layers.1.mlp.up_proj.weight": (96, 64)}, r"up_proj.weight' has shape \[96, 64\]; .* \[128, 64\]"),
-        ({"model.layers.1.mlp.up_proj.weight": None}, "lack 1 tensors that config.json demands: model.layers.1.mlp.up"),
-        ({"model.layers.1.mlp.extra.weight": (4, 4)}, "1 tensors that config.json gives no place: model.layers.1.mlp"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, "lack 1 tensor that config.json demands: model.layers.1.mlp.up"),
+        ({"model.layers.1.mlp.extra.weight": (4, 4)}, "1 tensor that config.json gives no place: model.layers.1.mlp"),
     ],
     ids=["shape", "missing", "extra"],
 )

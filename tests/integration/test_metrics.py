@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from tests.kiln import Kiln, fired_up
+from service.ledger.counts import read_counts
+from service.metrics import LedgerCollector
+from tests.api_world import World
+from tests.kiln import Kiln, clean_environment, fired_up
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -81,3 +89,36 @@ def test_logs_are_json_and_say_which_step(watched: Watched) -> None:
     mine = [record for record in records if record.get("step") == plan["id"]]
     assert any(record["message"].startswith("failed: ") and record["level"] == "WARNING" for record in mine)
     assert {record["attempt"] for record in mine} == {1}
+
+
+def test_unfinished_work_is_counted(world: World, http: TestClient) -> None:
+    play = world.play()
+    first = http.post("/v1/jobs", json={"source": world.source, "recipes": ["none"]}).json()["id"]
+    counts = read_counts(world.database)
+    assert counts.steps == {("fetch", "queued"): 1}
+    assert 0 <= counts.oldest_queued_s["fetch"] < 3600
+    assert (counts.jobs, counts.workers, counts.reused) == ({"queued": 1}, 1, 0)
+    play.run_all()
+    assert http.get(f"/v1/jobs/{first}").json()["state"] == "succeeded"
+    http.post("/v1/jobs", json={"source": world.source, "recipes": ["none"]})
+    play.run_all()
+    counts = read_counts(world.database)
+    assert (counts.steps, counts.jobs, counts.oldest_queued_s) == ({}, {}, {})
+    assert counts.reused > 0
+    assert counts.blob_bytes > counts.blobs > 0
+    http.post("/v1/jobs", json={"source": world.source})
+    text = generate_latest(LedgerCollector(world.database)).decode()
+    assert 'edgekiln_steps{resource_class="fetch",state="queued"} 1.0' in text
+    assert 'edgekiln_jobs{state="queued"} 1.0' in text
+
+
+def test_a_worker_whose_port_is_taken_does_not_look_alive(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = {"data_dir": tmp_path / "data", "worker_metrics_port": taken.getsockname()[1]}
+        command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "--pool=threads", "-n", "w@%h"]
+        environment = clean_environment(tmp_path, settings)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "invalid_settings: Metrics cannot be served on 127.0.0.1:" in done.stderr

@@ -10,7 +10,12 @@ from pathlib import Path
 
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from workers.convert.architectures import DecoderShape
-from workers.convert.architectures.parameters import IGNORED_TENSOR, find_output
+from workers.convert.architectures.parameters import (
+    find_output,
+    is_ignored,
+    require_none_extra,
+    require_none_missing,
+)
 from workers.fetch.decoder_weights import list_tensors
 from workers.fetch.needed_files import SHARD_NAME
 from workers.fetch.safetensors_header import SafetensorsHeader, TensorEntry, read_header, scan_nonfinite
@@ -81,12 +86,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 def require_weights(shape: DecoderShape, tensors: dict[str, TensorEntry]) -> list[TensorEntry]:
     """Return the entries that the model's parameters live in; raises where config and weights disagree."""
     expected = list_tensors(shape)
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise CheckpointInvalid(
-            f"The weights lack {len(missing)} tensors that config.json demands: {_name_some(missing)}.",
-            tensors=missing[:20],
-        )
+    require_none_missing([name for name in expected if name not in tensors])
     optional = {find_output(shape): (shape.vocabulary_size, shape.hidden_size)} if shape.tied_embeddings else {}
     for name, wanted in {**expected, **optional}.items():
         if name in tensors and tensors[name].shape != wanted:
@@ -96,20 +96,9 @@ def require_weights(shape: DecoderShape, tensors: dict[str, TensorEntry]) -> lis
                 found_shape=list(tensors[name].shape),
                 expected_shape=list(wanted),
             )
-    extra = [
-        name for name in tensors if name not in expected and name not in optional and not IGNORED_TENSOR.fullmatch(name)
-    ]
-    if extra:
-        raise CheckpointInvalid(
-            f"The weights hold {len(extra)} tensors that config.json gives no place: {_name_some(sorted(extra))}.",
-            tensors=sorted(extra)[:20],
-        )
+    known = expected.keys() | optional.keys()
+    require_none_extra(sorted(name for name in tensors if name not in known and not is_ignored(name)))
     return [tensors[name] for name in expected]
-
-
-def _name_some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def require_finite(headers: list[SafetensorsHeader], progress: Progress) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.errors import CheckpointInvalid, TokenizerUnsupported
+from workers.convert.architectures.parameters import is_ignored, require_none_extra, require_none_missing
 from workers.verify import probe
 from workers.verify.probe import Generation
 from workers.verify.source_tokenizer import open_tokenizer
@@ -92,14 +93,8 @@ def _require_loaded(loaded: Mapping[str, Any]) -> None:
             found_shape=list(found),
             expected_shape=list(expected),
         )
-    for key, sentence in (
-        ("missing_keys", "The weights lack {count} tensors that config.json demands: {names}."),
-        ("unexpected_keys", "The weights hold {count} tensors that config.json gives no place: {names}."),
-    ):
-        names = sorted(loaded[key])
-        if names:
-            shown = ", ".join(names[:5])
-            raise CheckpointInvalid(sentence.format(count=len(names), names=shown), tensors=names[:20])
+    require_none_missing(sorted(loaded["missing_keys"]))
+    require_none_extra(sorted(name for name in loaded["unexpected_keys"] if not is_ignored(name)))
 
 
 def find_stop_tokens(model: Any, tokenizer: Any) -> set[int]:

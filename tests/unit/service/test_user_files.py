@@ -56,8 +56,9 @@ def test_a_bad_line_is_named(tmp_path: Path, second: bytes, match: str) -> None:
     ("data", "match"),
     [
         (b"\n \n", "there is no prompt"),
-        (GOOD * (user_files.MAX_EVALUATION_PAIRS + 1), f"line {user_files.MAX_EVALUATION_PAIRS + 1}: there are more"),
-        (b" " * (user_files.MAX_EVALUATION_BYTES + 1), "more than"),
+        (GOOD * (user_files.MAX_LINES + 1), f"line {user_files.MAX_LINES + 1}: there are more"),
+        (GOOD + b'{"prompt": "a", "answer": "b", "x": [' + b"{}," * 50_000 + b"{}]}", "line 2: longer than"),
+        (b" " * (user_files.MAX_LINES_BYTES + 1), "more than"),
     ],
 )
 def test_an_evaluation_has_bounds(tmp_path: Path, data: bytes, match: str) -> None:

@@ -13,11 +13,16 @@ from workers.catalog import CATALOG, PRELOADS, StepCode, read_toolchain
 
 ROOT = Path(catalog.__file__).parents[1]
 #: What every step shares and what decides no output byte.
-NEUTRAL = {"workers/steps.py", "workers/__init__.py"}
+NEUTRAL = {
+    "workers/steps.py",
+    "workers/__init__.py",
+    # What a step refuses and how recipes and formats are called enter keys as parameters.
+    *(f"service/{name}.py" for name in ("__init__", "errors", "recipes", "recipe_schema", "recipe_settings")),
+}
 
 
 def path_of(module: str) -> Path | None:
-    """The file of a module of `workers`, if it is one."""
+    """The file of a module of ours, if it is one."""
     base = ROOT.joinpath(*module.split("."))
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):
         if candidate.exists():
@@ -26,7 +31,7 @@ def path_of(module: str) -> Path | None:
 
 
 def imported_files(path: Path, seen: set[Path]) -> set[Path]:
-    """All files of `workers` that a file imports, however deep."""
+    """All files of ours that a file imports, however deep."""
     if path in seen:
         return seen
     seen.add(path)
@@ -37,7 +42,7 @@ def imported_files(path: Path, seen: set[Path]) -> set[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     for name in names:
-        if name.startswith("workers.") and (found := path_of(name)):
+        if name.startswith(("workers.", "service.")) and (found := path_of(name)):
             imported_files(found, seen)
     return seen
 

@@ -7,9 +7,10 @@ opened, `workers.convert.reauthored` fills the model by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from service.errors import CheckpointInvalid
 from workers.convert.architectures.shape import DecoderShape
 
 #: Buffers that old writers stored beside the weights; every loader computes them anew.
@@ -17,6 +18,37 @@ IGNORED_TENSOR = re.compile(
     r"(model|transformer)\.(layers|h)\.\d+\.(self_attn|self_attention)\.rotary_emb\.inv_freq"
     r"|transformer\.h\.\d+\.attn\.(masked_)?bias"
 )
+
+
+def is_ignored(tensor: str) -> bool:
+    """Return whether a stored tensor is such a buffer; checkpoints of the bare model leave the prefix out."""
+    return any(IGNORED_TENSOR.fullmatch(prefix + tensor) for prefix in ("", "model.", "transformer."))
+
+
+def require_none_missing(names: Sequence[str]) -> None:
+    """Raise `CheckpointInvalid` for tensors that must be stored and are not."""
+    if names:
+        raise CheckpointInvalid(
+            f"The weights lack {_count(names)} that config.json demands: {_name_some(names)}.", tensors=list(names[:20])
+        )
+
+
+def require_none_extra(names: Sequence[str]) -> None:
+    """Raise `CheckpointInvalid` for tensors that are stored and have no place in the model."""
+    if names:
+        raise CheckpointInvalid(
+            f"The weights hold {_count(names)} that config.json gives no place: {_name_some(names)}.",
+            tensors=list(names[:20]),
+        )
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _name_some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 def test_missing_and_foreign_tensors_are_named(tmp_path: Path) -> None:
     tensors = tiny.build_tensors()
     del tensors["model.norm.weight"]
-    with pytest.raises(CheckpointInvalid, match=r"lack 1 tensors .*: model\.norm\.weight\."):
+    with pytest.raises(CheckpointInvalid, match=r"lack 1 tensor .*: model\.norm\.weight\."):
         read(tiny.write_tiny(tmp_path / "missing", tensors))
     tensors = tiny.build_tensors() | {"model.layers.2.mlp.up_proj.weight": np.ones((16, 8), np.float32)}
     with pytest.raises(CheckpointInvalid, match=r"no place: model\.layers\.2\.mlp\.up_proj\.weight\."):
