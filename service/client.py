@@ -128,6 +128,10 @@ class Client:
         """Open an ended job again for the variants that did not succeed, and return it."""
         return self._call("POST", f"/v1/jobs/{_segment(job_id)}/retry")
 
+    def delete(self, job_id: str) -> None:
+        """Forget an ended job with its artifacts and logs."""
+        self._call("DELETE", f"/v1/jobs/{_segment(job_id)}")
+
     def compare(self, job_id: str) -> Document:
         """Return how a job's artifacts compare in size, quality, speed and memory, format by format."""
         return self._call("GET", f"/v1/jobs/{_segment(job_id)}/comparison")

@@ -7,6 +7,7 @@ Owns every tunable of the service and the workers, with its unit in its name. Ca
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,7 +81,12 @@ class Settings(BaseSettings):
     retry_pause_s: float = Field(default=5.0, ge=0)
 
     #: How long files that are only kept for reuse stay without being used.
-    keep_intermediates_s: float = Field(default=7 * 24 * 3600.0, ge=0)
+    keep_intermediates_s: float = Field(default=7 * 24 * 3600.0, ge=0, allow_inf_nan=False)
+    #: How long uploads stay that no job and no schedule names.
+    keep_uploads_s: float = Field(default=7 * 24 * 3600.0, ge=0, allow_inf_nan=False)
+    #: How long jobs stay that have ended: those that published nothing, and those with artifacts; `inf`: for ever.
+    keep_unpublished_jobs_s: float = Field(default=math.inf, ge=0)
+    keep_published_jobs_s: float = Field(default=math.inf, ge=0)
 
     #: Steps of each resource class that one worker runs at once.
     fetch_slots: int = Field(default=2, ge=0)
@@ -130,6 +136,15 @@ class Settings(BaseSettings):
         if self.heartbeat_s * 2 > self.lease_s:
             raise ValueError(
                 "EDGEKILN_HEARTBEAT_S must be at most half of EDGEKILN_LEASE_S: one late heartbeat would lose the step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _jobs_outlive_what_they_made(self) -> Settings:
+        if min(self.keep_unpublished_jobs_s, self.keep_published_jobs_s) < self.keep_intermediates_s:
+            raise ValueError(
+                "EDGEKILN_KEEP_UNPUBLISHED_JOBS_S and EDGEKILN_KEEP_PUBLISHED_JOBS_S must be at least "
+                "EDGEKILN_KEEP_INTERMEDIATES_S: jobs say when a file was last used"
             )
         return self
 

@@ -24,7 +24,7 @@ from service.machine import count_memory_bytes, find_usable_cores
 from service.settings import Settings
 from service.sources import admit_source
 from service.storage import open_configured_store
-from service.sweep import sweep_store
+from service.sweep import read_retention, sweep_store
 from workers.catalog import PRELOADS, read_toolchain
 from workers.runner import Runner
 from workers.sandbox import Sandbox, probe_isolation
@@ -106,11 +106,8 @@ class WorkerProcess:
 
     def _prune(self) -> None:
         housekeeping.prune(self.database)
-        wait_s = self._settings.condemned_s
-        self.store.abort_stale_uploads(older_than_s=wait_s)
-        for finding in sweep_store(
-            self.database, self.store, keep_s=self._settings.keep_intermediates_s, wait_s=wait_s
-        ):
+        self.store.abort_stale_uploads(older_than_s=self._settings.condemned_s)
+        for finding in sweep_store(self.database, self.store, read_retention(self._settings)):
             level = logging.WARNING if finding.fate == "missing" else logging.INFO
             log.log(level, "%s %s (%d bytes): %s", finding.fate, finding.digest, finding.size_bytes, finding.why)
 
@@ -132,14 +129,14 @@ class WorkerProcess:
         self._work_dir.close()
 
     def _sweep(self) -> None:
-        """Fire schedules and poke whatever is due, for ever: lost messages and lost workers are repaired here."""
+        """Poke whatever is due and fire schedules, for ever: lost messages and lost workers are repaired here."""
         while True:
             try:
                 free_bytes = shutil.disk_usage(self._settings.work_dir).free
                 fleet.beat_worker(self.database, self.worker_id, free_bytes)
                 claims.end_hopeless_steps(self.database, self.runner.policy)
-                self.fire_schedules()
                 self.database.poke(claims.due_classes(self.database))
+                self.fire_schedules()
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("sweep could not reach the ledger: %s", error)
             except Exception:

@@ -1,11 +1,11 @@
-"""Routes of jobs: submit, list, read, cancel, retry; and the catalogue of what they may ask for."""
+"""Routes of jobs: submit, list, read, cancel, retry, delete; and the catalogue of what they may ask for."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from service import gates
 from service.api.context import ContextOf, TenantOf
@@ -139,6 +139,19 @@ def retry_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONRes
     """Open an ended job again for the variants that did not succeed; finished work is kept."""
     jobs.retry_job(context.database, tenant_id, job_id)
     return JSONResponse(views.read_job(context.database, tenant_id, job_id))
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    response_class=Response,
+    responses={204: {"description": "The job is gone."}, **problem_responses(404, 409)},
+)
+def delete_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> Response:
+    """Forget an ended job with its artifacts and logs; bytes that nobody else needs are freed later."""
+    jobs.remove_job(context.database, tenant_id, job_id)
+    return Response(status_code=204)
 
 
 @router.get(

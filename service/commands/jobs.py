@@ -1,4 +1,4 @@
-"""Commands that speak to a server: submit, jobs, job, cancel, retry, logs, download."""
+"""Commands that speak to a server: submit, jobs, job, cancel, retry, delete, logs, download."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ RETRY_EPILOG = """Example:
 
 \b
   edgekiln retry job_1f0c9a2b3c4d5e6f --wait
+"""
+DELETE_EPILOG = """Example:
+
+\b
+  edgekiln delete job_1f0c9a2b3c4d5e6f
 """
 LOGS_EPILOG = """Examples:
 
@@ -195,6 +200,16 @@ def retry(
         print_json(document)
     else:
         say(f"Job {job_id}: {document['state']}.")
+
+
+def delete(job_id: options.JobId, url: options.Url = None, api_key: options.ApiKey = None) -> None:
+    """Delete an ended job.
+
+    Its artifacts and logs go with it. Disk is given back later, by `edgekiln gc` or by itself.
+    """
+    with options.connect(url, api_key) as client:
+        client.delete(job_id)
+    say(f"Job {job_id} is deleted.")
 
 
 def logs(

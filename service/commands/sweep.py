@@ -27,14 +27,14 @@ def gc(
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Remove intermediate files that nobody has used for long.
+    """Remove what is kept no longer: jobs, unused files, uploads that no job names.
 
-    Safe beside a running server. A blob is condemned first, and deleted by a later run, when whatever was being
-    uploaded meanwhile has ended.
+    The settings EDGEKILN_KEEP_... say how long. Safe beside a running server. A blob is condemned first, and deleted by
+    a later run, when whatever was being uploaded meanwhile has ended.
     """
     from service.ledger import database
     from service.storage import open_configured_store
-    from service.sweep import sweep_store
+    from service.sweep import read_retention, sweep_store
 
     settings = options.read_settings(data_dir=data_dir)
     database.migrate(settings.ledger_url)
@@ -44,8 +44,7 @@ def gc(
             sweep_store(
                 ledger,
                 open_configured_store(settings),
-                keep_s=settings.keep_intermediates_s,
-                wait_s=settings.condemned_s,
+                read_retention(settings),
                 dry_run=dry_run,
             )
         )
@@ -58,19 +57,27 @@ def gc(
 
 
 def _add_up(findings: list[Finding]) -> dict[str, Any]:
+    """Return jobs that go, bytes by fate, and bytes by fate and kind."""
     sizes: Counter[str] = Counter()
+    by_kind: dict[str, Counter[str]] = {fate: Counter() for fate in ("deleted", "condemned", "missing")}
     for finding in findings:
-        sizes[finding.fate] += finding.size_bytes
-    return {f"{fate}_bytes": sizes[fate] for fate in ("deleted", "condemned", "missing")}
+        if finding.fate != "removed":
+            sizes[finding.fate] += finding.size_bytes
+            by_kind[finding.fate][finding.kind] += finding.size_bytes
+    return {
+        "removed_jobs": sum(finding.fate == "removed" for finding in findings),
+        **{f"{fate}_bytes": sizes[fate] for fate in by_kind},
+        "bytes_by_kind": {fate: dict(sorted(kinds.items())) for fate, kinds in by_kind.items()},
+    }
 
 
 def _print(findings: list[Finding], dry_run: bool) -> None:
-    counts: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str, str]] = Counter()
+    sizes: Counter[tuple[str, str, str]] = Counter()
     for finding in findings:
-        counts[finding.fate, finding.why] += 1
-        sizes[finding.fate, finding.why] += finding.size_bytes
-    rows = [[fate, why, str(count), format_bytes(sizes[fate, why])] for (fate, why), count in counts.items()]
-    print_table(("what", "why", "blobs", "size"), rows, right=("blobs", "size"))
+        counts[finding.fate, finding.kind, finding.why] += 1
+        sizes[finding.fate, finding.kind, finding.why] += finding.size_bytes
+    rows = [[*key, str(count), format_bytes(sizes[key])] for key, count in counts.items()]
+    print_table(("what", "kind", "why", "number", "size"), rows, right=("number", "size"))
     freed = format_bytes(_add_up(findings)["deleted_bytes"])
     say(f"{freed} would be freed; nothing was changed." if dry_run else f"{freed} freed.")

@@ -1,4 +1,4 @@
-"""What users do to jobs: submit, cancel, retry. Each is one transaction.
+"""What users do to jobs: submit, cancel, retry, remove. Each is one transaction.
 
 Called by `service.api`. Changes states only through `service.ledger.moves`.
 """
@@ -21,7 +21,18 @@ from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted, plan_spec
 from service.ledger.quotas import require_room_for_job
 from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
-from service.ledger.tables import IdempotencyKey, Job, JobStep, JobUpload, Step, Variant
+from service.ledger.tables import (
+    Event,
+    IdempotencyKey,
+    Job,
+    JobStep,
+    JobUpload,
+    Publication,
+    ScheduleTick,
+    Step,
+    Variant,
+    VariantStep,
+)
 from service.ledger.uploads import hold_uploads
 from service.requests import JobRequest, parse_request
 
@@ -186,6 +197,26 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
     else:
         add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
     recompute_job(tx, job_id)
+
+
+@writes
+def remove_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
+    """Forget an ended job: its variants, events, logs and publications; the sweep frees what nobody else needs.
+
+    Raises `NotFound`, and `Conflict` while the job is live.
+    """
+    state = _lock_job(tx, tenant_id, job_id).state
+    if state not in FINAL_JOB_STATES:
+        raise Conflict(f"Job {job_id} is {state}; cancel it (`edgekiln cancel {job_id}`), then delete it.", state=state)
+    links = select(JobStep.step_id).where(JobStep.job_id == job_id).order_by(JobStep.step_id)
+    # Whoever settles one of its steps has read who links to it.
+    locks.lock_steps(tx, tx.connection.execute(links).scalars().all())
+    tx.connection.execute(update(ScheduleTick).where(ScheduleTick.job_id == job_id).values(job_id=None))
+    variant_ids = select(Variant.id).where(Variant.job_id == job_id)
+    tx.connection.execute(delete(VariantStep).where(VariantStep.variant_id.in_(variant_ids)))
+    for table in (Publication, Event, JobUpload, IdempotencyKey, JobStep, Variant):
+        tx.connection.execute(delete(table).where(table.job_id == job_id))
+    tx.connection.execute(delete(Job).where(Job.id == job_id))
 
 
 def _lock_job(tx: Transaction, tenant_id: str, job_id: str) -> Any:

@@ -1,22 +1,25 @@
-"""What the ledger gives up: steps that nobody has used for long, and blobs that nothing refers to.
+"""What the ledger gives up: old jobs, steps that nobody has used for long, and blobs that nothing refers to.
 
-Decides; `service.sweep` carries out. A blob goes in three moves, each a transaction: its step is retired, so that
-nobody joins it; the blob is condemned, so that no commit counts on it; and after a wait its bytes are deleted under the
-row's lock, if still nothing refers to it. The row stays: it says which bytes a step had made.
+Decides; `service.sweep` carries out. A job goes with its rows, if a policy says so. A blob goes in three moves, each a
+transaction: its step is retired, so that nobody joins it; the blob is condemned, so that no commit counts on it; and
+after a wait its bytes are deleted under the row's lock, if still nothing refers to it. The row stays: it says which
+bytes a step had made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, func, literal, or_, select, update
+from sqlalchemy.orm import aliased
 
 from service.ledger import locks
 from service.ledger.clock import now
 from service.ledger.database import Database, Transaction, reads, writes
-from service.ledger.states import FINAL_JOB_STATES, StepState
+from service.ledger.states import FINAL_JOB_STATES, FINAL_STEP_STATES, LIVE_STEP_STATES, StepState
 from service.ledger.tables import (
     Attempt,
     Blob,
@@ -26,6 +29,7 @@ from service.ledger.tables import (
     Publication,
     ScheduleUpload,
     Step,
+    StepInput,
     StepOutput,
     Upload,
 )
@@ -35,14 +39,59 @@ _BATCH = 500
 
 
 @dataclass(frozen=True)
+class Retention:
+    """How long things are kept, in seconds; `math.inf`: for ever. See `service.settings.Settings`."""
+
+    #: Outputs that are only kept for reuse, since they were last used.
+    outputs_s: float
+    #: Uploads that no job and no schedule names, since they were last uploaded.
+    uploads_s: float
+    #: Jobs that published nothing, since they ended.
+    unpublished_jobs_s: float
+    #: Jobs that published artifacts, with these, since they ended.
+    published_jobs_s: float
+    #: Condemned blobs, and steps that a worker may not yet know to be over; longer than any step may take.
+    wait_s: float
+
+
+@dataclass(frozen=True)
 class BlobRow:
     """A blob as the sweep sees it."""
 
     digest: str
     size_bytes: int
-    #: Kind of a step that made it; None for an upload, or what no step has made.
+    #: Kind of a step that made it, or `log`; None for an upload, or what no step has made.
     kind: str | None
     is_condemned: bool
+
+
+@reads
+def read_expired_jobs(
+    connection: Connection, retention: Retention, limit: int | None = _BATCH
+) -> list[tuple[str, str]]:
+    """Return id and tenant of jobs that are kept no longer, the oldest first."""
+    expired = select(Job.id, Job.tenant_id).where(_is_expired(retention)).order_by(Job.finalized_at, Job.id)
+    return [(row.id, row.tenant_id) for row in connection.execute(expired.limit(limit))]
+
+
+@writes
+def forget_orphans(tx: Transaction, wait_s: float) -> int:
+    """Forget steps of removed jobs that nobody can join, with their logs; return how many were forgotten in part.
+
+    What another step was made from keeps its row: the other's provenance needs it.
+    """
+    has_dependent = exists(StepInput.step_id).where(StepInput.input_id == Step.id).correlate(Step)
+    has_attempt = exists(Attempt.token).where(Attempt.step_id == Step.id).correlate(Step)
+    orphans = select(Step.id).where(_is_forgotten(None, wait_s), or_(~has_dependent, has_attempt)).limit(_BATCH)
+    step_ids = list(tx.connection.execute(orphans).scalars())
+    locks.lock_steps(tx, step_ids)
+    tx.connection.execute(delete(Attempt).where(Attempt.step_id.in_(step_ids)))
+    bare = select(Step.id).where(Step.id.in_(step_ids), ~has_dependent)
+    bare_ids = list(tx.connection.execute(bare).scalars())
+    for table in (StepInput, StepOutput):
+        tx.connection.execute(delete(table).where(table.step_id.in_(bare_ids)))
+    tx.connection.execute(delete(Step).where(Step.id.in_(bare_ids)))
+    return len(step_ids)
 
 
 @writes
@@ -125,9 +174,9 @@ def count_unused_steps(connection: Connection, keep_s: float) -> int:
     return connection.execute(select(func.count()).select_from(Step).where(_is_unused(keep_s))).scalar_one()
 
 
-def read_unreferenced(database: Database, keep_s: float) -> Iterator[BlobRow]:
-    """Yield the blobs that would be condemned if unused steps and uploads were given up now."""
-    return _page(database, and_(Blob.condemned_at.is_(None), ~_is_referenced(keep_s)))
+def read_unreferenced(database: Database, retention: Retention) -> Iterator[BlobRow]:
+    """Yield the blobs that would be condemned if old jobs, unused steps and uploads were given up now."""
+    return _page(database, and_(Blob.condemned_at.is_(None), ~_is_referenced(retention)))
 
 
 def read_due(database: Database, wait_s: float) -> Iterator[BlobRow]:
@@ -164,8 +213,9 @@ def _read_rows(connection: Connection, condition: ColumnElement[bool], limit: in
         .where(StepOutput.digest == Blob.digest)
         .scalar_subquery()
     )
+    log = select(literal("log")).where(exists(Attempt.step_id).where(Attempt.log_digest == Blob.digest).correlate(Blob))
     rows = connection.execute(
-        select(Blob.digest, Blob.size_bytes, kind, Blob.condemned_at)
+        select(Blob.digest, Blob.size_bytes, func.coalesce(kind, log.scalar_subquery()), Blob.condemned_at)
         .where(condition)
         .order_by(Blob.digest)
         .limit(limit)
@@ -195,21 +245,70 @@ def _is_unused(keep_s: float) -> ColumnElement[bool]:
     )
 
 
-def _is_unnamed(keep_s: float) -> ColumnElement[bool]:
-    holds = (
-        exists(hold.digest).where(hold.tenant_id == Upload.tenant_id, hold.digest == Upload.digest).correlate(Upload)
-        for hold in (JobUpload, ScheduleUpload)
+def _is_expired(retention: Retention) -> ColumnElement[bool]:
+    """Whether a job is kept no longer."""
+    has_published = (
+        exists(Publication.id).where(Publication.job_id == Job.id, Publication.published_at.is_not(None)).correlate(Job)
     )
-    return and_(Upload.created_at <= now(-keep_s), ~or_(*holds))
+    limits = ((~has_published, retention.unpublished_jobs_s), (has_published, retention.published_jobs_s))
+    return and_(
+        Job.state.in_(FINAL_JOB_STATES),
+        or_(
+            false(),
+            *(and_(kind, Job.finalized_at <= now(-kept_s)) for kind, kept_s in limits if math.isfinite(kept_s)),
+        ),
+    )
 
 
-def _is_referenced(keep_s: float | None = None) -> ColumnElement[bool]:
-    """Whether anything needs a blob; with `keep_s`, as it would be once unused steps and uploads are given up."""
+def _is_forgotten(retention: Retention | None, wait_s: float) -> ColumnElement[bool]:
+    """Whether a step is over for good, no job links to it and nobody can join it.
+
+    With `retention`, as it would be once old jobs are removed and unused steps retired.
+    """
+    is_linked = select(JobStep.job_id).where(JobStep.step_id == Step.id)
+    is_closed: ColumnElement[bool] = or_(~Step.shared, Step.retired_at.is_not(None), Step.state != StepState.SUCCEEDED)
+    if retention is not None:
+        is_linked = is_linked.join(Job, Job.id == JobStep.job_id).where(~_is_expired(retention))
+        is_closed = or_(is_closed, _is_unused(retention.outputs_s))
+    dependent = aliased(Step)
+    is_needed = (
+        select(StepInput.step_id)
+        .join(dependent, dependent.id == StepInput.step_id)
+        .where(StepInput.input_id == Step.id, dependent.state.in_(LIVE_STEP_STATES))
+    )
+    return and_(
+        Step.state.in_(FINAL_STEP_STATES),
+        Step.finalized_at <= now(-wait_s),
+        is_closed,
+        ~exists(is_linked.correlate(Step)),
+        ~exists(is_needed.correlate(Step)),
+    )
+
+
+def _is_unnamed(keep_s: float, retention: Retention | None = None) -> ColumnElement[bool]:
+    """Whether an upload is old, and named by no job or schedule; with `retention`, by none that would stay."""
+    by_job = select(JobUpload.digest).where(JobUpload.tenant_id == Upload.tenant_id, JobUpload.digest == Upload.digest)
+    if retention is not None:
+        by_job = by_job.join(Job, Job.id == JobUpload.job_id).where(~_is_expired(retention))
+    by_schedule = select(ScheduleUpload.digest).where(
+        ScheduleUpload.tenant_id == Upload.tenant_id, ScheduleUpload.digest == Upload.digest
+    )
+    is_named = or_(exists(by_job.correlate(Upload)), exists(by_schedule.correlate(Upload)))
+    return and_(Upload.created_at <= now(-keep_s), ~is_named)
+
+
+def _is_referenced(retention: Retention | None = None) -> ColumnElement[bool]:
+    """Whether anything needs a blob; with `retention`, as it would be once all that is old is given up."""
     is_given_up: ColumnElement[bool] = Step.retired_at.is_not(None)
     is_held = Upload.digest == Blob.digest
-    if keep_s is not None:
-        is_given_up = or_(is_given_up, _is_unused(keep_s))
-        is_held = and_(is_held, ~_is_unnamed(keep_s))
+    is_published = select(Publication.id).where(Publication.digest == Blob.digest)
+    is_logged = select(Attempt.step_id).where(Attempt.log_digest == Blob.digest)
+    if retention is not None:
+        is_forgotten = _is_forgotten(retention, retention.wait_s)
+        is_given_up = or_(is_given_up, _is_unused(retention.outputs_s), is_forgotten)
+        is_held = and_(is_held, ~_is_unnamed(retention.uploads_s, retention))
+        is_published = is_published.join(Job, Job.id == Publication.job_id).where(~_is_expired(retention))
+        is_logged = is_logged.join(Step, Step.id == Attempt.step_id).where(~is_forgotten)
     is_wanted = (
         exists(select(JobStep.job_id).join(Job, Job.id == JobStep.job_id))
         .where(JobStep.step_id == Step.id, Job.state.not_in(FINAL_JOB_STATES))
@@ -220,7 +319,7 @@ def _is_referenced(keep_s: float | None = None) -> ColumnElement[bool]:
     )
     return or_(
         by_steps.correlate(Blob),
-        exists(Publication.id).where(Publication.digest == Blob.digest).correlate(Blob),
-        exists(Attempt.step_id).where(Attempt.log_digest == Blob.digest).correlate(Blob),
+        exists(is_published.correlate(Blob)),
+        exists(is_logged.correlate(Blob)),
         exists(Upload.digest).where(is_held).correlate(Blob),
     )

@@ -337,6 +337,19 @@ def test_tenants_see_nothing_of_each_other(world: World, http: TestClient) -> No
         require_problem(http.get(f"/v1/artifacts/{artifact_id}{path}", headers=headers), 404, "not_found")
     for action in ("cancel", "retry"):
         require_problem(http.post(f"/v1/jobs/{job_id}/{action}", headers=headers), 404, "not_found")
+    require_problem(http.delete(f"/v1/jobs/{job_id}", headers=headers), 404, "not_found")
+    assert http.delete(f"/v1/jobs/{job_id}").status_code == 204, "control: it is there"
+
+
+def test_an_ended_job_is_deleted_with_its_artifacts(world: World, http: TestClient) -> None:
+    job_id = submit(http, world)["id"]
+    require_problem(http.delete(f"/v1/jobs/{job_id}"), 409, "conflict")
+    world.play().run_all()
+    artifact_id = http.get(f"/v1/jobs/{job_id}/artifacts").json()["artifacts"][0]["id"]
+    assert http.delete(f"/v1/jobs/{job_id}").status_code == 204
+    for path in (f"/v1/jobs/{job_id}", f"/v1/artifacts/{artifact_id}"):
+        require_problem(http.get(path), 404, "not_found")
+    require_problem(http.delete(f"/v1/jobs/{job_id}"), 404, "not_found")
 
 
 def test_a_body_too_large_is_refused_however_it_is_sent(world: World) -> None:

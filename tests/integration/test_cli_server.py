@@ -289,3 +289,11 @@ def test_gc_says_what_would_go_then_condemns_it(
     assert again["findings"] == [], "condemned once, and not yet to be deleted"
     assert sorted(found.key for found in world.store.list()) == before
     assert run("download", job_id, "-o", world.folder / "out").exit_code == 0
+
+
+def test_an_ended_job_is_deleted(world: World, run: Run) -> None:
+    job_id = run("submit", world.source["path"]).stdout.strip()
+    assert "edgekiln cancel" in run("delete", job_id).stderr
+    world.play().run_all()
+    assert "is deleted." in run("delete", job_id).stderr
+    assert run("job", job_id).exit_code == 1

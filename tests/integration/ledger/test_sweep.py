@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,8 @@ class Bench:
         self.play = StoredPlay(database, self.store)
 
     def sweep(self, keep_s: float = 0.0, wait_s: float = 0.0, dry_run: bool = False) -> list[Finding]:
-        return list(sweep_store(self.database, self.store, keep_s=keep_s, wait_s=wait_s, dry_run=dry_run))
+        retention = sweep.Retention(keep_s, keep_s, math.inf, math.inf, wait_s)
+        return list(sweep_store(self.database, self.store, retention, dry_run=dry_run))
 
     def digests(self, fate: str, **options: Any) -> set[str]:
         return {finding.digest for finding in self.sweep(**options) if finding.fate == fate}

@@ -17,7 +17,7 @@ from service.commands.progress import ProgressView
 from service.commands.report import exit_code, print_outcome
 
 COMMANDS = ("convert", "run", "up", "submit", "jobs", "job", "cancel", "retry", "logs", "download", "recipes")
-COMMANDS += ("compare", "pick", "gc", "migrate", "version", "keys", "schedules", "workers", "tenants")
+COMMANDS += ("compare", "pick", "gc", "migrate", "version", "keys", "schedules", "workers", "tenants", "delete")
 
 
 @pytest.fixture
