@@ -18,6 +18,7 @@ import typer.core
 from typer.exceptions import TyperException
 
 from service.commands import (
+    backup,
     catalogue,
     choice,
     convert,
@@ -148,6 +149,8 @@ app.add_typer(workers.workers, name="workers")
 app.add_typer(server.keys, name="keys")
 app.add_typer(tenants.tenants, name="tenants")
 app.command(epilog=sweep.GC_EPILOG)(sweep.gc)
+app.command(epilog=backup.BACKUP_EPILOG)(backup.backup)
+app.command(epilog=backup.RESTORE_EPILOG)(backup.restore)
 app.command()(server.migrate)
 app.command(epilog=health.HEALTH_EPILOG)(health.health)
 app.command()(catalogue.version)

@@ -197,6 +197,24 @@ class DataDirBusy(Conflict):
     code = "data_dir_busy"
 
 
+class NotEmpty(Conflict):
+    """A backup or a restore would write where something is."""
+
+    code = "not_empty"
+
+
+class BackupInvalid(EdgeKilnError):
+    """A backup is damaged, unfinished, or of a version that this one does not know."""
+
+    code = "backup_invalid"
+
+
+class BackupIncomplete(EdgeKilnError):
+    """The store lacks or has damaged what the ledger counts on; the backup holds everything else."""
+
+    code = "backup_incomplete"
+
+
 class InvalidSettings(EdgeKilnError):
     """A setting is missing, malformed or contradicts another."""
 

@@ -6,20 +6,27 @@ A server that cannot be had skips the test with a reason on a developer's machin
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import boto3
 import pytest
 import redis
+from botocore.config import Config
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+from service.storage import ObjectStore, S3Options, open_store
 
 
 def give_up(reason: str) -> NoReturn:
@@ -106,3 +113,45 @@ def _wait_for_redis(server: subprocess.Popen[bytes], port: int) -> None:
                 assert server.poll() is None, "redis-server has ended"
                 assert time.monotonic() < give_up_at, "redis-server does not answer"
                 time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield how a real S3 server is reached, as arguments of `S3Options`."""
+    if importlib.util.find_spec("swift") is None:
+        give_up("an S3 server: the test requirement `swift` is not installed")
+    folder.mkdir(parents=True)
+    program = Path(__file__).parent / "contract" / "s3_server.py"
+    command = [sys.executable, "-W", "ignore", str(program), str(folder)]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            assert line, (folder / "log").read_text()
+            yield json.loads(line)
+        finally:
+            server.terminate()
+
+
+def make_bucket(address: dict[str, str], bucket: str) -> None:
+    """Make a bucket on a server of `s3_server`."""
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=address["endpoint_url"],
+        region_name=address["region"],
+        aws_access_key_id=address["access_key_id"],
+        aws_secret_access_key=address["secret_access_key"],
+        config=Config(s3={"addressing_style": "path"}),
+    )
+    client.create_bucket(Bucket=bucket)
+
+
+@contextlib.contextmanager
+def s3_store(folder: Path) -> Iterator[ObjectStore]:
+    """Yield an empty store in a real S3 server."""
+    with s3_server(folder) as address:
+        make_bucket(address, "artifacts")
+        yield open_store("s3://artifacts", S3Options(**address, addressing="path"))

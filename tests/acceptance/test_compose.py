@@ -16,9 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
 from sqlalchemy import create_engine, select, text
 
 from service.client import Client
@@ -29,32 +27,11 @@ from service.storage import digest_file
 from tests import compose
 from tests.checkpoints import write_checkpoint
 from tests.kiln import ROOT, find_processes, kill_all, wait_for
-from tests.services import free_port, give_up, postgres_url
+from tests.services import free_port, make_bucket, postgres_url, s3_server
 
 #: An address that only this machine has, but no name of it that needs no key.
 _ANY_ADDRESS = "127.1"
 _IMAGE_VARIABLES = dict(re.findall(r"(EDGEKILN_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
-
-
-@contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield how a real S3 server is reached."""
-    folder.mkdir()
-    program = ROOT / "tests" / "contract" / "s3_server.py"
-    command = [sys.executable, "-W", "ignore", str(program), str(folder)]
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
-    ):
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            if "No module named 'swift'" in (folder / "log").read_text():
-                give_up("an S3 server: the test requirement `swift` is not installed")
-            assert line, (folder / "log").read_text()
-            yield json.loads(line)
-        finally:
-            server.terminate()
 
 
 class Deployment:
@@ -169,19 +146,6 @@ def postgres() -> Iterator[str]:
             engine.dispose()
 
 
-def make_bucket(address: dict[str, str], bucket: str) -> None:
-    """Do what the file's own S3 server does at its first start."""
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=address["endpoint_url"],
-        region_name=address["region"],
-        aws_access_key_id=address["access_key_id"],
-        aws_secret_access_key=address["secret_access_key"],
-        config=Config(s3={"addressing_style": "path"}),
-    )
-    client.create_bucket(Bucket=bucket)
-
-
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
     """Everything that the file starts, but for the proxy."""
@@ -191,6 +155,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
     with ExitStack() as stack:
         database = stack.enter_context(postgres())
         address = stack.enter_context(s3_server(tmp_path / "s3"))
+        # The file's own server makes it at its first start.
         make_bucket(address, "edgekiln")
         redis_port = free_port()
         variables = {
