@@ -35,10 +35,11 @@ test-families: install ## Convert and prove every family, and write docs/support
 
 # What the long form is made of; the same seed plays the same faults.
 SEED := $(or $(SEED),$(shell date +%s))
+JOBS ?= 2000
 RACES ?= 5000
 EXAMPLES ?= 300
 STORE_JOBS ?= 100
-CHAOS := CHAOS_SEED=$(SEED) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
+CHAOS := CHAOS_SEED=$(SEED) CHAOS_JOBS=$(JOBS) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
 	CHAOS_STORE_JOBS=$(STORE_JOBS)
 
 chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)

@@ -10,7 +10,7 @@ import os
 #: Chooses who is hit, how and when; the same seed plays the same faults.
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
 #: Jobs of eight steps that a storm must bring to their end.
-JOBS = int(os.environ.get("CHAOS_JOBS", "12"))
+JOBS = int(os.environ.get("CHAOS_JOBS", "10"))
 #: Races between a holder whose lease has run out and the next one.
 RACES = int(os.environ.get("CHAOS_RACES", "200"))
 #: Histories that the state machine plays on each database; 0: the few of the short form, always the same.
