@@ -39,11 +39,12 @@ JOBS ?= 2000
 RACES ?= 5000
 EXAMPLES ?= 300
 STORE_JOBS ?= 100
+SOAK_MIN ?= 10
 CHAOS := CHAOS_SEED=$(SEED) CHAOS_JOBS=$(JOBS) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
-	CHAOS_STORE_JOBS=$(STORE_JOBS)
+	CHAOS_STORE_JOBS=$(STORE_JOBS) CHAOS_SOAK_MIN=$(SOAK_MIN)
 
 chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)
-	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos
+	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos tests/chaos/soak.py
 
 check: install ## Lint, types, import rules
 	$(BIN)/ruff check .
