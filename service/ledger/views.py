@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, or_, select
+from sqlalchemy import Connection, func, literal, select, tuple_
 
 from service.errors import InvalidRequest, NotFound
+from service.ledger.clock import Instant
 from service.ledger.database import reads
 from service.ledger.states import FINAL_JOB_STATES, JobState
 from service.ledger.tables import Attempt, Event, Job, JobStep, Publication, Step, Variant, VariantStep
@@ -193,14 +194,18 @@ def list_jobs(
         if state not in list(JobState):
             raise InvalidRequest(f"There is no job state {state!r}. Known: {', '.join(JobState)}.", state=state)
     statement = select(Job.__table__).where(Job.tenant_id == tenant_id)
-    if states:
-        statement = statement.where(Job.state.in_(states))
     if before is not None:
         last = find_job(connection, tenant_id, before)
-        statement = statement.where(
-            or_(Job.created_at < last.created_at, and_(Job.created_at == last.created_at, Job.id < last.id))
-        )
-    rows = connection.execute(statement.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()
+        # Compared as a pair, which an index has in order; an OR of two comparisons it has not.
+        newest = tuple_(literal(last.created_at, Instant()), literal(last.id))
+        statement = statement.where(tuple_(Job.created_at, Job.id) < newest)
+    page = statement.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    if states:
+        # Each state has its own place in the index: a page of each holds a page of all.
+        found = [row for state in set(states) for row in connection.execute(page.where(Job.state == state))]
+        rows = sorted(found, key=lambda row: (row.created_at, row.id), reverse=True)[:limit]
+    else:
+        rows = list(connection.execute(page))
     counts: dict[str, dict[str, int]] = defaultdict(dict)
     for job_id, state, count in connection.execute(
         select(Variant.job_id, Variant.state, func.count())
