@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import create_engine, select, text
 
@@ -43,7 +44,7 @@ class Deployment:
         self.sources = sources
         self.places = places
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports: dict[str, int] = {}
+        self._ports: dict[tuple[str, str], int] = {}
 
     def environment(self, name: str, replica: int = 1) -> dict[str, str]:
         """Return what a container of a service has in its environment, in places of this machine."""
@@ -72,10 +73,18 @@ class Deployment:
             "/sources": str(self.sources),
             "/data": str(self._volume(name, replica)),
             "0.0.0.0": _ANY_ADDRESS,
-            "8711": str(self.ports.get(instance, 0)),
+            "8711": str(self._port(instance, "serves")),
+            "9464": str(self._port(instance, "metrics")),
         }
         # In one pass: what was put in is not looked at again.
         return re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], value)
+
+    def url(self, instance: str, what: str = "serves") -> str:
+        """Return where an instance serves, or tells its metrics."""
+        return f"http://127.0.0.1:{self._port(instance, what)}"
+
+    def _port(self, instance: str, what: str) -> int:
+        return self._ports.setdefault((instance, what), free_port())
 
     def _volume(self, name: str, replica: int) -> Path:
         """Return what stands at /data: a named volume, or the container's own folder."""
@@ -186,7 +195,6 @@ def start_all(deployment: Deployment) -> None:
     assert migration.returncode == 0, migration.stderr
     services = [name for name in compose.own_services(deployment.document) if name != "migrate"]
     for replica in (1, 2):
-        deployment.ports[f"api-{replica}"] = free_port()
         deployment.start("api", replica)
     for name in services:
         if name != "api":
@@ -210,7 +218,7 @@ def test_the_file_s_commands_convert_a_checkpoint(deployment: Deployment, tmp_pa
     made = deployment.run("api", "edgekiln", "keys", "create", "test", "--json")
     assert made.returncode == 0, made.stderr
     key = json.loads(made.stdout)["key"]
-    urls = [f"http://127.0.0.1:{deployment.ports[name]}" for name in ("api-1", "api-2")]
+    urls = [deployment.url(name) for name in ("api-1", "api-2")]
 
     with Client(urls[0]) as stranger, pytest.raises(Unauthorized):
         stranger.get("job_0")
@@ -239,6 +247,10 @@ def test_the_file_s_commands_convert_a_checkpoint(deployment: Deployment, tmp_pa
     }
     assert set(classes.values()) == {"fetch", "convert", "light", "device"}
     assert {host for _, host in workers.values()} == {"here"}
+
+    # What is watched is where the file says.
+    for instance, figure in (("api-1", "edgekiln_workers"), ("worker-light-1", "edgekiln_step_seconds")):
+        assert figure in httpx.get(f"{deployment.url(instance, 'metrics')}/metrics", trust_env=False).text
 
     # Control: a health check is not content with anything.
     deployment.processes["api-1"].kill()
