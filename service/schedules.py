@@ -33,7 +33,12 @@ class ScheduleRequest(BaseModel):
     """A job, and when to submit it again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str = Field(min_length=1, max_length=100, description="What you call it; no two of a tenant's are the same.")
+    name: str = Field(
+        min_length=1,
+        max_length=100,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="What you call it; no two of a tenant's are the same.",
+    )
     cron: str | None = Field(
         default=None,
         max_length=200,

@@ -32,6 +32,9 @@ from workers.work_dir import WorkDir
 
 log = logging.getLogger(__name__)
 
+#: How long the end of a worker waits for a sweep that is under way, whose call to the ledger may hang.
+_JOIN_S = 5.0
+
 
 def identify_host() -> str:
     """Return a name that is the same for all workers of this host and differs from other hosts'."""
@@ -121,6 +124,8 @@ class WorkerProcess:
         """End the zygotes and give the connections back."""
         self.shut_down()
         self.sandbox.close()
+        if self._sweeper.is_alive():
+            self._sweeper.join(_JOIN_S)
         try:
             fleet.end_worker(self.database, self.worker_id)
         except (SQLAlchemyError, EdgeKilnError) as error:

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal_co
 
 from service.ledger.clock import now
 from service.ledger.database import Transaction
-from service.ledger.fleet import is_live
+from service.ledger.fleet import WORKER_SILENCE_S
 from service.ledger.states import StepState
 from service.ledger.tables import Host, Step, Tenant, Turn, Worker
 
@@ -64,10 +64,12 @@ def is_class_due(connection: Connection, resource_class: str) -> bool:
 def find_due_steps(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
     """Return the next due steps that this worker can run now, or that no live worker ever can.
 
-    The latter are claimed to be failed with a sentence: nobody will ever come for them.
+    The latter are claimed to be failed with a sentence: nobody will ever come for them. A worker that has just ended
+    counts for as long as one that has fallen silent: it may be coming back, with what was given back for it.
     """
     mine = and_(_is_made_by(worker), _fits(worker.memory_limit_bytes))
-    others = tx.connection.execute(select(*ABILITIES).where(is_live())).all()
+    heard_of = select(*ABILITIES, Worker.slots).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
+    others = [each for each in tx.connection.execute(heard_of) if each.slots.get(resource_class, 0) > 0]
     is_orphan = ~or_(mine, *(and_(_is_made_by(other), _fits(other.memory_limit_bytes)) for other in others))
     mine_now = and_(mine, _fits(_find_free_memory(tx, worker.host_id)))
     found: list[str] = []

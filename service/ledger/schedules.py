@@ -8,7 +8,7 @@ not at all. `service.api` makes, shows, pauses and removes schedules.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,8 +147,10 @@ def fire_due(database: Database, admit: Callable[[JobRequest], JobRequest], *, m
     `admit` looks again at what the request names on this host; what it refuses is left to other workers for a while,
     and then recorded. No transaction is open meanwhile.
     """
-    fired = []
-    for due in _read_due(database):
+    fired: list[Tick] = []
+    for due in _list_due(database):
+        if len(fired) == _BATCH:
+            break
         request, refusal = None, None
         try:
             request = admit(parse_request(due.request)) if due.tick_at is not None else None
@@ -162,14 +164,21 @@ def fire_due(database: Database, admit: Callable[[JobRequest], JobRequest], *, m
     return fired
 
 
+def _list_due(database: Database) -> Iterator[_Due]:
+    """Yield every due schedule, the oldest tick first; those that are left to other workers hold up none behind."""
+    batch = _read_due(database, None)
+    while batch:
+        yield from batch
+        batch = _read_due(database, batch[-1])
+
+
 @reads
-def _read_due(connection: Connection) -> list[_Due]:
-    rows = connection.execute(
-        select(Schedule.__table__)
-        .where(Schedule.next_at <= now(), Schedule.paused_at.is_(None))
-        .order_by(Schedule.next_at)
-        .limit(_BATCH)
-    ).all()
+def _read_due(connection: Connection, last: _Due | None) -> list[_Due]:
+    statement = select(Schedule.__table__).where(Schedule.next_at <= now(), Schedule.paused_at.is_(None))
+    if last is not None:
+        is_behind = and_(Schedule.next_at == last.due_at, Schedule.id > last.schedule_id)
+        statement = statement.where(or_(Schedule.next_at > last.due_at, is_behind))
+    rows = connection.execute(statement.order_by(Schedule.next_at, Schedule.id).limit(_BATCH)).all()
     if not rows:
         return []
     instant = _read_now(connection)

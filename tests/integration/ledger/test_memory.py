@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from service.errors import MemoryInsufficient
+from service.ledger import claims, fleet
 from service.ledger.claims import Claim
 from service.ledger.database import Database
 from tests.ledger_play import Play
@@ -120,6 +121,26 @@ def test_a_step_whose_large_worker_is_gone_is_claimed_to_be_failed(play: Play) -
     claim = play.claim("convert")
     assert claim
     assert claim.predicted_peak_anon_bytes == 500
+
+
+def test_a_large_worker_that_is_started_anew_finds_its_work_waiting(play: Play) -> None:
+    large = play.add_worker("host-b", memory_limit_bytes=1000)
+    plan(play, {"convert:reauthored": 500})
+    given_back = play.claim("convert", worker_id=large)
+    assert given_back
+    claims.release_step(play.database, given_back)
+    fleet.end_worker(play.database, large)
+    assert play.claim("convert") is None
+    assert kind(play.claim("convert", worker_id=play.add_worker("host-b", memory_limit_bytes=1000))) == "convert"
+
+
+def test_a_worker_of_another_class_does_not_keep_a_step_waiting(play: Play) -> None:
+    large = play.add_worker("host-b", memory_limit_bytes=1000)
+    play.add_worker("host-c", {"light": 1}, memory_limit_bytes=1000)
+    plan(play, {"convert:reauthored": 500})
+    assert play.claim("convert") is None
+    silence(play, large)
+    assert kind(play.claim("convert")) == "convert"
 
 
 def test_steps_that_do_not_fit_together_run_one_after_the_other(play: Play) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import func, select, true, update
 
 from service.errors import Conflict, FolderNotAllowed, InvalidRequest, NotFound, UploadNotFound
@@ -64,6 +65,27 @@ def count_jobs(database: Database) -> int:
 @pytest.fixture
 def bench(database: Database) -> Bench:
     return Bench(database)
+
+
+def test_schedules_that_wait_for_another_worker_hold_up_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "_BATCH", 2)
+    for number in range(5):
+        bench.add(f"unreadable {number}", every_s=60, job={**JOB, "source": {"kind": "folder", "path": "/gone"}})
+    bench.add("readable", every_s=60)
+
+    def admit(request: JobRequest) -> JobRequest:
+        if request.to_json()["source"]["path"] == "/gone":
+            raise FolderNotAllowed("Not here.")
+        return request
+
+    bench.clock.set("2026-11-21 12:01:00")
+    assert [tick.name for tick in bench.fire(admit)] == ["readable"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\x1b[31m", ""])
+def test_a_name_can_be_stored_and_shown(bench: Bench, name: str) -> None:
+    with pytest.raises(ValidationError):
+        bench.add(name, every_s=60)
 
 
 # --- ticks --------------------------------------------------------------------------------------
