@@ -36,6 +36,8 @@ from tests.services import postgres_url
 SMALL, LARGE = 1_000, 100_000
 TENANTS = 20
 QUEUED_SHARE = 0.1
+#: Copies that one statement makes: the ledger's connections end statements after a minute.
+_BATCH = 2_000
 #: Pages that are full in both ledgers.
 _PAGE, _QUEUED_PAGE = 20, 5
 
@@ -72,8 +74,13 @@ def fill(database: Database, count: int) -> None:
 
 def copy_job(database: Database, job_id: str, count: int) -> None:
     """Copy all rows of a job `count` times, each under other ids; tenants own the copies in turn."""
+    for first in range(1, count + 1, _BATCH):
+        _copy_rows(database, job_id, first, min(first + _BATCH - 1, count))
+
+
+def _copy_rows(database: Database, job_id: str, first: int, last: int) -> None:
     tenant = f"CASE n % {TENANTS} WHEN 0 THEN '{TENANT}' ELSE 'tenant-' || (n % {TENANTS}) END"
-    series = f"WITH RECURSIVE series(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM series WHERE n < {count})"
+    series = f"WITH RECURSIVE series(n) AS (SELECT {first} UNION ALL SELECT n + 1 FROM series WHERE n < {last})"
     with database.engine.begin() as connection:
         for table, condition in _ROWS.items():
             columns = list(connection.execute(text(f"SELECT * FROM {table} LIMIT 0")).keys())
