@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     keep_intermediates_s: float = Field(default=7 * 24 * 3600.0, ge=0, allow_inf_nan=False)
     #: How long uploads stay that no job and no schedule names.
     keep_uploads_s: float = Field(default=7 * 24 * 3600.0, ge=0, allow_inf_nan=False)
+    #: How much the partial downloads of a host may take on its disk, and how long they stay without being resumed.
+    max_cache_bytes: int = Field(default=50 * _GIB, ge=0)
+    keep_cache_s: float = Field(default=7 * 24 * 3600.0, ge=0, allow_inf_nan=False)
     #: How long jobs stay that have ended: those that published nothing, and those with artifacts; `inf`: for ever.
     keep_unpublished_jobs_s: float = Field(default=math.inf, ge=0)
     keep_published_jobs_s: float = Field(default=math.inf, ge=0)

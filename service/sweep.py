@@ -34,9 +34,10 @@ class Finding:
     """One job or blob, what was done about it (in a dry run: what would be), and why."""
 
     fate: Fate
-    #: `job`, `log`, `upload`, the kind of the step whose output it is, or `stray`.
+    #: `job`, `log`, `upload`, the kind of the step whose output it is, or `stray`;
+    #: `download` of a host's cache.
     kind: str
-    #: Digest of a blob, id of a job.
+    #: Digest of a blob, id of a job, name of a cached download.
     digest: str
     size_bytes: int
     why: str

@@ -17,6 +17,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError
+from service.host_cache import trim_cache
 from service.ledger import access, claims, fleet, housekeeping, schedules
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
@@ -120,6 +121,14 @@ class WorkerProcess:
         for tick in schedules.fire_due(self.database, admit, max_variants=self._settings.max_variants):
             log.info("schedule %s, tick of %s: %s %s", tick.name, tick.tick_at, tick.outcome, tick.job_id or "")
 
+    def trim_cache(self) -> None:
+        """Keep this host's partial downloads within their bounds."""
+        settings = self._settings
+        for download, why in trim_cache(
+            settings.cache_dir, max_bytes=settings.max_cache_bytes, keep_s=settings.keep_cache_s
+        ):
+            log.info("deleted %s (%d bytes): %s", download.path.name, download.size_bytes, why)
+
     def close(self) -> None:
         """End the zygotes and give the connections back."""
         self.shut_down()
@@ -142,6 +151,7 @@ class WorkerProcess:
                 claims.end_hopeless_steps(self.database, self.runner.policy)
                 self.database.poke(claims.due_classes(self.database))
                 self.fire_schedules()
+                self.trim_cache()
             except (SQLAlchemyError, EdgeKilnError) as error:
                 log.warning("sweep could not reach the ledger: %s", error)
             except Exception:

@@ -12,6 +12,7 @@ from service.commands.output import print_json, print_table, say
 from service.units import format_bytes
 
 if TYPE_CHECKING:
+    from service.settings import Settings
     from service.sweep import Finding
 
 GC_EPILOG = """Examples:
@@ -50,10 +51,22 @@ def gc(
         )
     finally:
         ledger.close()
+    findings += _trim_cache(settings, dry_run)
     if as_json:
         print_json({"dry_run": dry_run, "findings": [vars(finding) for finding in findings], **_add_up(findings)})
         return
     _print(findings, dry_run)
+
+
+def _trim_cache(settings: Settings, dry_run: bool) -> list[Finding]:
+    """Do for this host's cache what its workers do."""
+    from service.host_cache import trim_cache
+    from service.sweep import Finding
+
+    trimmed = trim_cache(
+        settings.cache_dir, max_bytes=settings.max_cache_bytes, keep_s=settings.keep_cache_s, dry_run=dry_run
+    )
+    return [Finding("deleted", "download", download.path.name, download.size_bytes, why) for download, why in trimmed]
 
 
 def _add_up(findings: list[Finding]) -> dict[str, Any]:
