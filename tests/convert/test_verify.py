@@ -204,7 +204,7 @@ def test_unknown_format_is_refused(reauthored_workshop: Workshop, answers: Path,
     [
         ('{"prompt": "1+1="}', "line 2"),
         ("no json", "line 2"),
-        ('{"prompt": "", "answer": "2"}', "line 2.*not empty"),
+        ('{"prompt": "", "answer": "2"}', "line 2.*none empty"),
         ('["1+1=", "2"]', "line 2"),
         ('{"prompt": "%s", "answer": "2"}' % ("long " * 400), "does not fit"),
     ],
