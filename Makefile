@@ -24,13 +24,13 @@ demo: install ## Convert the example checkpoint, prove it, measure it, ask it so
 up: install ## Run the embedded profile until Ctrl-C
 	$(BIN)/edgekiln up
 
-test: install ## Run every test (about 15 minutes on 2 cores)
+test: install ## Run every test (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-fast: install ## Run the tests that need no conversion
 	$(BIN)/python -m pytest tests/unit tests/contract tests/migration
 
-test-families: install ## Convert and prove every family, and write docs/supported.md (about 15 minutes on 2 cores)
+test-families: install ## Convert and prove every family, and write docs/supported.md (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest tests/families
 
 # What the long form is made of; the same seed plays the same faults.
