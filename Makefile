@@ -44,7 +44,7 @@ CHAOS := CHAOS_SEED=$(SEED) CHAOS_JOBS=$(JOBS) CHAOS_RACES=$(RACES) CHAOS_EXAMPL
 	CHAOS_STORE_JOBS=$(STORE_JOBS) CHAOS_SOAK_MIN=$(SOAK_MIN)
 
 chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)
-	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos tests/chaos/soak.py
+	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos/test_*.py tests/chaos/soak.py
 
 check: install ## Lint, types, import rules
 	$(BIN)/ruff check .
