@@ -22,13 +22,17 @@ from service.commands import (
     catalogue,
     choice,
     convert,
+    devices,
     health,
     jobs,
+    keys,
     prompt,
     schedules,
     server,
     sweep,
     tenants,
+    tokens,
+    uploads,
     workers,
 )
 from service.commands.interrupts import INTERRUPTED
@@ -143,11 +147,16 @@ app.command(epilog=jobs.LOGS_EPILOG)(jobs.logs)
 app.command(epilog=choice.COMPARE_EPILOG)(choice.compare)
 app.command(epilog=choice.PICK_EPILOG)(choice.pick)
 app.command(epilog=jobs.DOWNLOAD_EPILOG)(jobs.download)
+app.command(epilog=uploads.UPLOAD_EPILOG)(uploads.upload)
 app.command(epilog=catalogue.RECIPES_EPILOG)(catalogue.recipes)
 app.add_typer(schedules.schedules, name="schedules")
 app.add_typer(workers.workers, name="workers")
-app.add_typer(server.keys, name="keys")
+app.command(epilog=devices.WORKER_EPILOG)(devices.device_worker)
+app.add_typer(devices.devices, name="devices")
+app.add_typer(devices.tools, name="tools")
+app.add_typer(keys.keys, name="keys")
 app.add_typer(tenants.tenants, name="tenants")
+app.add_typer(tokens.tokens, name="tokens")
 app.command(epilog=sweep.GC_EPILOG)(sweep.gc)
 app.command(epilog=backup.BACKUP_EPILOG)(backup.backup)
 app.command(epilog=backup.RESTORE_EPILOG)(backup.restore)

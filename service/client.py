@@ -1,13 +1,12 @@
 """The SDK: the REST API as Python calls.
 
-Owns HTTP from the caller's side: problem documents become the errors of `service.errors`, streams and downloads take
-up where they broke off. Knows neither ledger nor store. Called by `service.cli` and by users' programs.
+Owns the routes from the caller's side; streams and downloads are taken up where they broke off. How HTTP is spoken is
+in `service.client_http`. Knows neither ledger nor store. Called by `service.cli` and by users' programs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,24 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from service.downloads import fetch_artifact, fetch_manifest
-from service.errors import BlobCorrupt, EdgeKilnError, InvalidSettings, RemoteError, ServiceUnavailable
+from service.client_http import (
+    URL_VARIABLE,
+    Body,
+    PatientHttp,
+    Stream,
+    hand_on_trace,
+    parse_events,
+    read_problem,
+    reported_errors,
+)
+from service.downloads import fetch_artifact, fetch_manifest, fetch_measurement, fetch_signature
+from service.errors import BlobCorrupt, EdgeKilnError, InvalidSettings, ServiceUnavailable, UploadNotFound
+from service.local_folder import read_folder
 from service.requests import JobRequest
+from service.sending import LargeFile, send_file
+from service.signing import Verifier
 
 DEFAULT_URL = "http://127.0.0.1:8711"
-URL_VARIABLE = "EDGEKILN_URL"
 KEY_VARIABLE = "EDGEKILN_API_KEY"
 
 #: JSON objects as the API sends them.
@@ -40,6 +51,11 @@ _RECONNECT_S = 1.0
 #: Between two looks at logs that are followed, and how much of each is read at a look.
 _FOLLOW_S = 1.0
 _FOLLOWED_BYTES = 64 << 10
+_CHUNK_BYTES = 1 << 20
+#: Files up to this size are uploaded in one request.
+_SMALL_BYTES = 16 << 20
+#: How long the logs of steps that were running when a job ended are waited for.
+_LAST_WORDS_S = 10.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -48,7 +64,8 @@ class Client:
 
     `url` and `api_key` default to `EDGEKILN_URL` and `EDGEKILN_API_KEY`. Methods raise the errors of
     `service.errors`: the server's own by their code, and `ServiceUnavailable` when it cannot be reached. Event
-    streams are taken up again for `patience_s` seconds after the last event.
+    streams are taken up again for `patience_s` seconds after the last event, and a request that came too often for the
+    server is sent again when it says, within the same time.
     """
 
     def __init__(
@@ -65,14 +82,21 @@ class Client:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidSettings(f"{self.url!r} is not a server's URL; it must look like {DEFAULT_URL}.")
-        self._http = httpx.Client(
+        self._http = PatientHttp(
+            patience_s=patience_s,
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             # A proxy cannot reach this machine's loopback.
             trust_env=parts.hostname not in _LOOPBACK,
             transport=transport,
+            event_hooks={"request": [hand_on_trace]},
         )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is reached by this machine's loopback."""
+        return urlsplit(self.url).hostname in _LOOPBACK
 
     def __enter__(self) -> Client:
         return self
@@ -93,15 +117,37 @@ class Client:
         request: JobRequest | Mapping[str, Any] | None = None,
         *,
         idempotency_key: str | None = None,
+        files: Mapping[str, Path] | None = None,
+        on_upload: Callable[[Path], object] | None = None,
         **fields: Any,
     ) -> Document:
         """Submit a job, given whole or as keyword arguments, and return it.
 
-        With `idempotency_key` a repeated call returns the first job.
+        With `idempotency_key` a repeated call returns the first job. `files` are files of this machine by digest: those
+        that the request names and the server lacks are uploaded first, each shown to `on_upload`.
         """
         document = request.to_json() if isinstance(request, JobRequest) else dict(request or {})
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
-        return self._call("POST", "/v1/jobs", json={**document, **fields}, headers=headers)
+        asked = {"json": {**document, **fields}, "headers": headers}
+        try:
+            return self._call("POST", "/v1/jobs", **asked)
+        except UploadNotFound as error:
+            missing = [digest for digest in error.details.get("digests", ()) if digest in (files or {})]
+            if not files or not missing:
+                raise
+        for digest in missing:
+            if on_upload is not None:
+                on_upload(files[digest])
+            self.upload(files[digest])
+        return self._call("POST", "/v1/jobs", **asked)
+
+    def submit_folder(self, folder: Path | str, **options: Any) -> Document:
+        """Submit a job on a checkpoint folder of this machine, of which the server gets what it lacks.
+
+        `options` are those of `submit`. Raises `SourceNotFound`, `CheckpointInvalid` and `CheckpointUnsafe` too.
+        """
+        source, files = read_folder(Path(folder))
+        return self.submit(source=source.model_dump(mode="json"), files=files, **options)
 
     def get(self, job_id: str) -> Document:
         """Return a job whole."""
@@ -109,16 +155,7 @@ class Client:
 
     def list(self, states: Sequence[str] = (), page_size: int = 50) -> Iterator[Document]:
         """Yield the jobs, newest first; pages are fetched as they are needed."""
-        before: str | None = None
-        while True:
-            query: dict[str, Any] = {"limit": page_size, "state": [*states]}
-            if before is not None:
-                query["before"] = before
-            page = self._call("GET", "/v1/jobs", params=query)
-            yield from page["jobs"]
-            before = page["next"]
-            if before is None:
-                return
+        return self._read_pages("jobs", {"limit": page_size, "state": [*states]})
 
     def cancel(self, job_id: str) -> Document:
         """Cancel a job and return it; nothing happens when it was cancelled already."""
@@ -198,27 +235,37 @@ class Client:
     def follow_logs(self, job_id: str, kind: str | None = None) -> Iterator[str]:
         """Yield what a job's steps print, as they print it, until the job has ended; what came too fast is left out."""
         seen: dict[tuple[str, int], int] = {}
+        give_up_at: float | None = None
         while True:
             # Read before the logs: what is printed until the end is then in them.
             is_final = self.get(job_id)["finalized_at"] is not None
-            for entry in self.logs(job_id, kind, tail_bytes=_FOLLOWED_BYTES):
+            entries = self.logs(job_id, kind, tail_bytes=_FOLLOWED_BYTES)
+            for entry in entries:
                 yield from _describe_news(entry, seen)
             if is_final:
-                return
+                give_up_at = give_up_at or time.monotonic() + _LAST_WORDS_S
+                # A cancelled step's worker stores its log after the job has ended; a worker that vanished never does.
+                if all(entry.get("is_complete", True) for entry in entries) or time.monotonic() > give_up_at:
+                    return
             time.sleep(_FOLLOW_S)
 
     # --- uploads ---------------------------------------------------------------------------------
 
-    def upload(self, path: Path | str) -> Document:
-        """Store a file on the server and return it; a job names it by its `sha256`. The same bytes are stored once."""
+    def upload(self, path: Path | str, on_bytes: Callable[[str, int, int], None] | None = None) -> Document:
+        """Store a file on the server and return it; a job names it by its `sha256`. The same bytes are stored once.
+
+        A large file goes in pieces: an upload that breaks is taken up for `patience_s` seconds after the last byte, and
+        by a later call. `on_bytes` sees name, bytes so far and size.
+        """
         file = Path(path)
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            if stream.tell() > _SMALL_BYTES:
+                return send_file(self._send, LargeFile(file, sha256, stream.tell()), self.patience_s, on_bytes)
             # A length, for a server that refuses what is too large before it is sent.
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(stream.tell())}
-            stream.seek(0)
             stored = self._call(
-                "POST", "/v1/uploads", content=stream, headers=headers, params={"name": file.name[:200]}
+                "POST", "/v1/uploads", content=Body(stream), headers=headers, params={"name": file.name[:200]}
             )
         if stored["sha256"] != sha256:
             raise BlobCorrupt(f"{file} changed while it was uploaded, or on its way. Upload it again.", path=str(file))
@@ -226,13 +273,7 @@ class Client:
 
     def uploads(self, page_size: int = 50) -> Iterator[Document]:
         """Yield what was uploaded, newest first; pages are fetched as they are needed."""
-        query: dict[str, Any] = {"limit": page_size}
-        while True:
-            page = self._call("GET", "/v1/uploads", params=query)
-            yield from page["uploads"]
-            if page["next"] is None:
-                return
-            query["before"] = page["next"]
+        return self._read_pages("uploads", {"limit": page_size})
 
     # --- schedules -------------------------------------------------------------------------------
 
@@ -259,13 +300,7 @@ class Client:
 
     def schedules(self, page_size: int = 50) -> Iterator[Document]:
         """Yield the schedules with their last ticks, newest first; pages are fetched as they are needed."""
-        query: dict[str, Any] = {"limit": page_size}
-        while True:
-            page = self._call("GET", "/v1/schedules", params=query)
-            yield from page["schedules"]
-            if page["next"] is None:
-                return
-            query["before"] = page["next"]
+        return self._read_pages("schedules", {"limit": page_size})
 
     def get_schedule(self, schedule_id: str) -> Document:
         """Return a schedule with its last ticks and the next ones."""
@@ -295,20 +330,27 @@ class Client:
         what: str | Mapping[str, Any],
         folder: Path | str,
         on_bytes: Callable[[str, int, int], None] | None = None,
+        *,
+        verify_key: Path | str | None = None,
     ) -> tuple[Path, ...]:
         """Download a job's artifacts (by job id), or one artifact document, into `folder`; return the files' paths.
 
-        Beside each file stands `NAME.manifest.json`. A file that is there with the right digest is kept, a partial
-        one (`NAME.part`) is resumed, and no file appears before its SHA-256 is right. `on_bytes` sees name, bytes
-        so far and size.
+        Beside each file stand `NAME.manifest.json` and its measurements. A file that is there with the right digest is
+        kept, a partial one (`NAME.part`) is resumed, and no file appears before its SHA-256 is right. `on_bytes` sees
+        name, bytes so far and size. With `verify_key`, a public key in PEM, every artifact must be signed with its
+        private half: raises `SignatureInvalid` before anything of it is downloaded.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         artifacts = self.artifacts(what) if isinstance(what, str) else [dict(what)]
+        verifier = None if verify_key is None else Verifier(Path(verify_key))
         paths = []
         for artifact in artifacts:
+            fetch_signature(self._open, artifact, target, verifier)
             paths.append(fetch_artifact(self._open, artifact, target, on_bytes))
             fetch_manifest(self._open, artifact, target)
+            for measurement in self.measurements(artifact["id"]) if "measurements_url" in artifact else ():
+                fetch_measurement(self._open, measurement, target)
         return tuple(paths)
 
     # --- the fleet, for operators ----------------------------------------------------------------
@@ -326,6 +368,80 @@ class Client:
         """Let a drained worker claim again; return it."""
         return self._call("POST", f"/v1/workers/{_segment(worker_id)}/resume")
 
+    # --- keys of one's own tenant, for operators -------------------------------------------------
+
+    def keys(self) -> Documents:
+        """Return the tenant's API keys, without their secrets."""
+        keys: Documents = self._call("GET", "/v1/keys")["keys"]
+        return keys
+
+    def create_key(
+        self, name: str, scopes: Sequence[str] = ("read", "write"), expires_days: float | None = None
+    ) -> Document:
+        """Make an API key for the own tenant; `key` of what is returned is never shown again."""
+        return self._call("POST", "/v1/keys", json={"name": name, "scopes": [*scopes], "expires_days": expires_days})
+
+    def rotate_key(self, key_id: str, overlap_hours: float = 24.0) -> Document:
+        """Make a key in place of another, which ends after the overlap; return the new one."""
+        return self._call("POST", f"/v1/keys/{_segment(key_id)}/rotate", json={"overlap_hours": overlap_hours})
+
+    def revoke_key(self, key_id: str) -> None:
+        """End a key at once."""
+        self._call("DELETE", f"/v1/keys/{_segment(key_id)}")
+
+    # --- tokens for private sources --------------------------------------------------------------
+
+    def tokens(self) -> Documents:
+        """Return which tokens are stored, by fingerprint."""
+        tokens: Documents = self._call("GET", "/v1/tokens")["tokens"]
+        return tokens
+
+    def set_token(self, token: str, kind: str = "hub") -> Document:
+        """Store what private sources of a kind are read with, and return its fingerprint; it is never shown again."""
+        stored = self._call("PUT", f"/v1/tokens/{_segment(kind)}", json={"token": token})["tokens"]
+        return next(each for each in stored if each["kind"] == kind)
+
+    def remove_token(self, kind: str = "hub") -> None:
+        """Forget a token."""
+        self._call("DELETE", f"/v1/tokens/{_segment(kind)}")
+
+    # --- phones ----------------------------------------------------------------------------------
+
+    def devices(self) -> Documents:
+        """Return the phones that were ever attached: what each is, and how it is."""
+        found: Documents = self._call("GET", "/v1/devices")["devices"]
+        return found
+
+    def tag_device(self, device_id: str, tags: Sequence[str]) -> Documents:
+        """Give a phone tags in place of those it had, as an operator; return all phones."""
+        found: Documents = self._call("PUT", f"/v1/devices/{_segment(device_id)}/tags", json={"tags": [*tags]})[
+            "devices"
+        ]
+        return found
+
+    def release_device(self, device_id: str) -> Documents:
+        """Let a phone that was given up be used again, as an operator; return all phones."""
+        found: Documents = self._call("POST", f"/v1/devices/{_segment(device_id)}/release")["devices"]
+        return found
+
+    def tools(self) -> Documents:
+        """Return the tools that measure on phones."""
+        found: Documents = self._call("GET", "/v1/tools")["tools"]
+        return found
+
+    def add_tool(self, name: str, version: str, abi: str, files: Mapping[str, Path]) -> Documents:
+        """Upload a tool's files (name on the phone -> file here) and register it, as an operator; return all tools."""
+        digests = {file: self.upload(path)["sha256"] for file, path in files.items()}
+        document = {"name": name, "version": version, "abi": abi, "files": digests}
+        found: Documents = self._call("POST", "/v1/tools", json=document)["tools"]
+        return found
+
+    def measurements(self, artifact_id: str) -> Documents:
+        """Return what was measured of an artifact, each with the `url` of its whole document."""
+        path = f"/v1/artifacts/{_segment(artifact_id)}/measurements"
+        found: Documents = self._call("GET", path)["measurements"]
+        return found
+
     # --- the server ------------------------------------------------------------------------------
 
     def recipes(self) -> Document:
@@ -338,19 +454,16 @@ class Client:
 
     def readiness(self) -> Document:
         """Return the server's own checks, whether it is ready or not."""
-        with _errors(self.url):
+        with reported_errors(self.url):
             response = self._http.get("/readyz")
         if response.headers.get("content-type", "").startswith("application/json"):
             return dict(response.json())
-        raise _read_problem(response)
+        raise read_problem(response)
 
     # --- HTTP ------------------------------------------------------------------------------------
 
     def _call(self, method: str, path: str, **options: Any) -> Document:
-        with _errors(self.url):
-            response = self._http.request(method, path, **options)
-        if not response.is_success:
-            raise _read_problem(response)
+        response = self._send(method, path, **options)
         if response.status_code == httpx.codes.NO_CONTENT:
             return {}
         try:
@@ -358,68 +471,39 @@ class Client:
         except ValueError as error:
             raise ServiceUnavailable(f"{self.url} answered with something that is not EdgeKiln's.") from error
 
-    def _open(self, path: str, headers: Mapping[str, str]) -> _Stream:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        content: Any = None,
+        **options: Any,
+    ) -> httpx.Response:
+        with reported_errors(self.url):
+            response = self._http.request(method, path, headers=headers, content=content, **options)
+        if not response.is_success:
+            raise read_problem(response)
+        return response
+
+    def _read_pages(self, what: str, query: dict[str, Any]) -> Iterator[Document]:
+        """Yield what `GET /v1/WHAT` lists under its own name, page after page."""
+        while True:
+            page = self._call("GET", f"/v1/{what}", params=query)
+            yield from page[what]
+            if page["next"] is None:
+                return
+            query = {**query, "before": page["next"]}
+
+    def _open(self, path: str, headers: Mapping[str, str]) -> Stream:
         return self._stream_response(path, headers, {})
 
-    def _stream_response(self, path: str, headers: Mapping[str, str], params: Mapping[str, Any]) -> _Stream:
-        return _Stream(self._http, self.url, path, headers, params)
+    def _stream_response(self, path: str, headers: Mapping[str, str], params: Mapping[str, Any]) -> Stream:
+        return Stream(self._http, self.url, path, headers, params)
 
     def _stream(self, path: str, after: int) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         with self._stream_response(path, headers, {}) as response:
-            yield from _parse_events(response.iter_lines())
-
-
-class _Stream:
-    """A streamed answer whose failures, at any point, are EdgeKiln's."""
-
-    def __init__(
-        self, http: httpx.Client, url: str, path: str, headers: Mapping[str, str], params: Mapping[str, Any]
-    ) -> None:
-        self._errors = _errors(url)
-        # Bytes count as the server counts them only when nobody compresses them on the way.
-        self._opening = http.stream("GET", path, headers={"Accept-Encoding": "identity", **headers}, params=params)
-
-    def __enter__(self) -> httpx.Response:
-        with self._errors:
-            response = self._opening.__enter__()
-            if response.is_success:
-                return response
-            response.read()
-        self._opening.__exit__(None, None, None)
-        raise _read_problem(response)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opening.__exit__(kind, error, trace)
-        self._errors.__exit__(kind, error, trace)
-
-
-class _errors:  # noqa: N801 - reads as a block
-    """Turns what httpx raises into `ServiceUnavailable`."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, httpx.ConnectError):
-            raise ServiceUnavailable(
-                f"Nothing answers at {self.url}. Start a server with `edgekiln up`, or name another with --url or "
-                f"{URL_VARIABLE}.",
-                url=self.url,
-            ) from error
-        if isinstance(error, httpx.HTTPError):
-            raise ServiceUnavailable(
-                f"{self.url} broke off ({type(error).__name__}: {error}). Try again.", url=self.url
-            ) from error
-        if isinstance(error, httpx.InvalidURL):
-            raise InvalidSettings(f"{self.url!r} is not a server's URL: {error}.") from error
+            yield from parse_events(response.iter_lines())
 
 
 def _segment(identifier: str) -> str:
@@ -439,55 +523,3 @@ def _describe_news(entry: Document, seen: dict[tuple[str, int], int]) -> Iterato
         yield f"... {new_bytes - len(text)} bytes left out ...\n"
     if new_bytes > 0:
         yield text[-new_bytes:].decode(errors="replace")
-
-
-def _parse_events(lines: Iterator[str]) -> Iterator[Document]:
-    """Read server-sent events; comments and fields of no use are skipped."""
-    fields: dict[str, str] = {}
-    for line in lines:
-        if line:
-            name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-            continue
-        if "data" in fields:
-            data = json.loads(fields["data"])
-            yield {
-                "number": int(fields.get("id", 0)),
-                "kind": fields.get("event", "message"),
-                "created_at": data.pop("created_at", None),
-                "data": data,
-            }
-        fields = {}
-
-
-def _classes(root: type[EdgeKilnError] = EdgeKilnError) -> dict[str, type[EdgeKilnError]]:
-    """Code -> error class; the first in the tree wins."""
-    found = {} if root is RemoteError else {root.code: root}
-    for child in root.__subclasses__():
-        found = {**_classes(child), **found}
-    return found
-
-
-def _read_problem(response: httpx.Response) -> EdgeKilnError:
-    """Return the error that a problem document tells of, typed if its code is known here."""
-    try:
-        document = response.json()
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or "code" not in document:
-        return ServiceUnavailable(
-            f"The server answered {response.status_code} without saying why. Is {response.url} an EdgeKiln server's?",
-            status=response.status_code,
-        )
-    details = dict(document.get("details") or {})
-    known = _classes().get(str(document["code"]))
-    if known is not None and "message" not in details and known.retryable == bool(document.get("retryable")):
-        return known(str(document.get("detail", "")), **details)
-    return RemoteError(
-        {
-            "code": document["code"],
-            "message": document.get("detail", "no message"),
-            "retryable": bool(document.get("retryable", False)),
-            "details": details,
-        }
-    )

@@ -6,7 +6,6 @@ by `service.client`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -15,7 +14,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from service.errors import BlobCorrupt, EdgeKilnError, InvalidRequest, ServiceUnavailable
+from service.errors import BlobCorrupt, EdgeKilnError, InvalidRequest, ServiceUnavailable, SignatureInvalid
+from service.signing import Verifier, manifest_name
+from service.storage import digest_bytes, digest_file
 
 #: Opens a path of the server with headers.
 Opener = Callable[[str, Mapping[str, str]], AbstractContextManager["Answer"]]
@@ -53,16 +54,16 @@ def fetch_artifact(
     """
     path = folder / check_name(str(artifact["name"]))
     digest = str(artifact["sha256"])
-    if path.is_file() and _digest(path) == digest:
+    if path.is_file() and digest_file(path)[0] == digest:
         return path
     partial = path.with_name(f"{path.name}.part")
     was_resumed = partial.exists()
     _complete(open_path, artifact, partial, on_bytes)
-    found = _digest(partial)
+    found = digest_file(partial)[0]
     if found != digest and was_resumed:
         partial.unlink()
         _complete(open_path, artifact, partial, on_bytes)
-        found = _digest(partial)
+        found = digest_file(partial)[0]
     if found != digest:
         partial.unlink()
         raise BlobCorrupt(
@@ -77,22 +78,60 @@ def fetch_artifact(
 
 def fetch_manifest(open_path: Opener, artifact: Mapping[str, Any], folder: Path) -> Path:
     """Write an artifact's manifest to `NAME.manifest.json` and return its path; raises `BlobCorrupt`."""
-    path = folder / f"{check_name(str(artifact['name']))}.manifest.json"
-    with open_path(str(artifact["manifest_url"]), {}) as answer:
+    path = folder / manifest_name(check_name(str(artifact["name"])))
+    what = f"The manifest of {artifact['name']}"
+    return _fetch_document(open_path, str(artifact["manifest_url"]), str(artifact["manifest_sha256"]), what, path)
+
+
+def fetch_measurement(open_path: Opener, measurement: Mapping[str, Any], folder: Path) -> Path:
+    """Write a measurement's document under its name and return its path; raises `BlobCorrupt`."""
+    path = folder / check_name(str(measurement["name"]))
+    what = f"The measurement {measurement['name']}"
+    return _fetch_document(open_path, str(measurement["url"]), str(measurement["sha256"]), what, path)
+
+
+def _fetch_document(open_path: Opener, url: str, digest: str, what: str, path: Path) -> Path:
+    with open_path(url, {}) as answer:
         data = answer.read()
-    found = hashlib.sha256(data).hexdigest()
-    if found != artifact["manifest_sha256"]:
+    found = digest_bytes(data)
+    if found != digest:
         raise BlobCorrupt(
-            f"The manifest of {artifact['name']} arrived with SHA-256 {found} instead of "
-            f"{artifact['manifest_sha256']}. Download it again.",
-            expected=artifact["manifest_sha256"],
+            f"{what} arrived with SHA-256 {found} instead of {digest}. Download it again.",
+            expected=digest,
             found=found,
         )
+    _write(path, data)
+    return path
+
+
+def fetch_signature(
+    open_path: Opener, artifact: Mapping[str, Any], folder: Path, verifier: Verifier | None = None
+) -> None:
+    """Write an artifact's signature, if it has one, to `NAME.manifest.json.sig`.
+
+    With a verifier it must have one, over the very files that are to be downloaded; raises `SignatureInvalid`, and
+    writes nothing then.
+    """
+    name = check_name(str(artifact["name"]))
+    place = artifact.get("signature_url")
+    if place is None:
+        if verifier is not None:
+            raise SignatureInvalid(f"{name} was published without a signature. Nothing was kept.", name=name)
+        return
+    with open_path(str(place), {}) as answer:
+        data = answer.read()
+    if verifier is not None:
+        digests = {name: str(artifact["sha256"]), manifest_name(name): str(artifact["manifest_sha256"])}
+        verifier.verify(name, data, digests)
+    _write(folder / f"{manifest_name(name)}.sig", data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_bytes(data)
     _flush(partial)
     partial.replace(path)
-    return path
 
 
 def check_name(name: str) -> str:
@@ -139,11 +178,6 @@ def _append(
                 done_bytes += len(chunk)
                 if on_bytes is not None:
                     on_bytes(str(artifact["name"]), done_bytes, int(artifact["size_bytes"]))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -114,6 +114,13 @@ class FolderNotAllowed(InvalidRequest):
     http_status = 403
 
 
+class SourceNotAllowed(InvalidRequest):
+    """A host, an address or a bucket that the operator lets nobody read checkpoints from."""
+
+    code = "source_not_allowed"
+    http_status = 403
+
+
 class NotFound(EdgeKilnError):
     """No such thing, or not this tenant's."""
 
@@ -136,6 +143,14 @@ class QuotaExceeded(EdgeKilnError):
     http_status = 429
 
 
+class RateLimited(EdgeKilnError):
+    """Too many requests in a minute; `details` says when to come again (`retry_after_s`)."""
+
+    code = "rate_limited"
+    retryable = True
+    http_status = 429
+
+
 class IdempotencyMismatch(Conflict):
     """An `Idempotency-Key` was used again with another body."""
 
@@ -153,6 +168,13 @@ class OperatorRequired(EdgeKilnError):
     """The key is valid, but not an operator's."""
 
     code = "operator_required"
+    http_status = 403
+
+
+class ScopeRequired(EdgeKilnError):
+    """The key is valid, but may not do this."""
+
+    code = "scope_required"
     http_status = 403
 
 
@@ -270,6 +292,7 @@ class CheckpointInvalid(EdgeKilnError):
     """A checkpoint file is missing, damaged, contradictory or dangerous; the message names the file."""
 
     code = "checkpoint_invalid"
+    http_status = 422
 
 
 class CheckpointUnsafe(CheckpointInvalid):
@@ -311,6 +334,12 @@ class ConversionFailed(EdgeKilnError):
     code = "conversion_failed"
 
 
+class TemplateUnfit(EdgeKilnError):
+    """A graph cannot serve as a template, or a template not for this checkpoint; a full conversion is the way."""
+
+    code = "template_unfit"
+
+
 class QuantizationFailed(EdgeKilnError):
     """The quantizer refused the model or produced nothing."""
 
@@ -349,10 +378,70 @@ class BenchmarkFailed(EdgeKilnError):
     code = "benchmark_failed"
 
 
+class AdbUnavailable(EdgeKilnError):
+    """The adb server that phones are reached through does not answer."""
+
+    code = "adb_unavailable"
+    retryable = True
+
+
+class DeviceLost(EdgeKilnError):
+    """A phone went away, rebooted, or answered with less than a whole answer."""
+
+    code = "device_lost"
+    retryable = True
+
+
+class DeviceHung(EdgeKilnError):
+    """A phone is attached and does not answer in time."""
+
+    code = "device_hung"
+    retryable = True
+
+
+class DeviceUnauthorized(EdgeKilnError):
+    """A phone does not trust the host's adb key."""
+
+    code = "device_unauthorized"
+    retryable = True
+
+
+class DeviceFull(EdgeKilnError):
+    """A phone has no room for the model."""
+
+    code = "device_full"
+    retryable = True
+
+
+class DeviceHot(EdgeKilnError):
+    """A phone did not cool down in time."""
+
+    code = "device_hot"
+    retryable = True
+
+
+class ToolMissing(EdgeKilnError):
+    """No tool is registered that runs the format on a phone of this kind."""
+
+    code = "tool_missing"
+
+
+class ToolReportInvalid(BenchmarkFailed):
+    """A tool did not print what it prints when it has measured."""
+
+    code = "tool_report_invalid"
+
+
 class GateRefused(EdgeKilnError):
     """A figure of the artifact misses a gate; `details` holds gate, figure and threshold."""
 
     code = "gate_refused"
+
+
+class SignatureInvalid(EdgeKilnError):
+    """An artifact has no signature, or not one of the key that was given."""
+
+    code = "signature_invalid"
 
 
 # --- children, workers, ledger and store --------------------------------------------------------

@@ -6,6 +6,8 @@ all tenants and name none. Called by the entries of the processes.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -13,8 +15,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.errors import InvalidSettings
-from service.ledger.counts import read_counts
+from service.ledger.counts import Totals, read_counts, read_totals
 from service.ledger.database import Database
+
+#: Totals are kept this many times as long as adding them up took.
+_REST = 50.0
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
@@ -33,14 +38,26 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
 
 
 class LedgerCollector(Collector):
-    """What the ledger holds at this moment; every scrape asks it once."""
+    """What the ledger holds at this moment; totals may be older, lest scrapes keep a large ledger busy."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._lock = threading.Lock()
+        self._totals: Totals | None = None
+        self._kept_until = 0.0
+
+    def _read_totals(self) -> Totals:
+        with self._lock:
+            started = time.monotonic()
+            if self._totals is None or started >= self._kept_until:
+                self._totals = read_totals(self._database)
+                ended = time.monotonic()
+                self._kept_until = ended + _REST * (ended - started)
+            return self._totals
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges."""
-        counts = read_counts(self._database)
+        counts, totals = read_counts(self._database), self._read_totals()
         steps = GaugeMetricFamily("edgekiln_steps", "Unfinished steps.", labels=["resource_class", "state"])
         for (resource_class, state), number in counts.steps.items():
             steps.add_metric([resource_class, state], number)
@@ -56,6 +73,6 @@ class LedgerCollector(Collector):
             jobs.add_metric([state], number)
         yield jobs
         yield GaugeMetricFamily("edgekiln_workers", "Workers heard of lately.", counts.workers)
-        yield GaugeMetricFamily("edgekiln_steps_reused", "Steps that jobs found done or under way.", counts.reused)
-        yield GaugeMetricFamily("edgekiln_blobs", "Files that the ledger knows in the store.", counts.blobs)
-        yield GaugeMetricFamily("edgekiln_blob_bytes", "Their size.", counts.blob_bytes)
+        yield GaugeMetricFamily("edgekiln_steps_reused", "Steps that jobs found done or under way.", totals.reused)
+        yield GaugeMetricFamily("edgekiln_blobs", "Files that the ledger knows in the store.", totals.blobs)
+        yield GaugeMetricFamily("edgekiln_blob_bytes", "Their size.", totals.blob_bytes)

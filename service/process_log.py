@@ -28,6 +28,7 @@ def begin_log(form: Form) -> None:
     """Write the records of this process to standard error from now on."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_bound)
+    handler.addFilter(_cut_query)
     if form == "json":
         renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
         formatter = JsonFormatter(_JSON, rename_fields=renamed, datefmt=_JSON_TIME, reserved_attrs=_RESERVED)
@@ -54,6 +55,16 @@ def _add_bound(record: logging.LogRecord) -> bool:
     fields = _bound.get()
     record.__dict__.update(fields)
     record.bound_text = "".join(f" {name}={value}" for name, value in fields.items())
+    return True
+
+
+def _cut_query(record: logging.LogRecord) -> bool:
+    """Leave the query out of the server's line about a request: people put secrets there."""
+    if record.name == "uvicorn.access" and isinstance(record.args, tuple):
+        record.args = tuple(
+            value.partition("?")[0] if isinstance(value, str) and value.startswith("/") else value
+            for value in record.args
+        )
     return True
 
 

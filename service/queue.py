@@ -7,6 +7,7 @@ doubled or late message delays a step at most. Called by `service.api` and `work
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 
@@ -14,6 +15,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from service import folder_broker
+from service.devices import PHONE_CLASS
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,8 +23,8 @@ log = logging.getLogger(__name__)
 #: Task names and queue names are wire format.
 RUN_TASK = "step.run"
 PRUNE_TASK = "ledger.prune"
-#: How often the beat asks for housekeeping.
-_PRUNE_S = 600.0
+#: How often one worker does the fleet's housekeeping, and the beat asks for it.
+PRUNE_S = 600.0
 #: The longest sleep of the beat. It writes its schedule at the first tick three minutes after the last time, which
 #: `edgekiln health beat` counts on.
 _BEAT_TICK_S = 30.0
@@ -49,7 +51,7 @@ def make_app(settings: Settings) -> Celery:
         # A poke that cannot be sent is repeated by the sweep; nobody waits for it.
         task_publish_retry=False,
         beat_max_loop_interval=_BEAT_TICK_S,
-        beat_schedule={"prune": {"task": PRUNE_TASK, "schedule": _PRUNE_S, "options": {"queue": "light"}}},
+        beat_schedule={"prune": {"task": PRUNE_TASK, "schedule": PRUNE_S, "options": {"queue": "light"}}},
     )
     if settings.broker_url:
         if settings.broker_url.startswith("redis"):
@@ -73,19 +75,38 @@ class Poker:
     def __init__(self, app: Celery) -> None:
         self.app = app
         self._quiet_until = 0.0
+        self._sending: dict[str, threading.Lock] = {}
+        #: Classes for which somebody waits to send.
+        self._announced: set[str] = set()
+        self._announcing = threading.Lock()
 
     def __call__(self, resource_classes: Iterable[str]) -> None:
         """Send one wake-up a class; raises nothing: a broker that is away only costs the wait for the next sweep.
 
         Whoever has committed waits for this call, so the first failure ends it.
         """
-        if time.monotonic() < self._quiet_until:
-            return
         for name in resource_classes:
-            try:
-                self.app.send_task(RUN_TASK, args=(name,), queue=name, ignore_result=True)
-            except Exception as error:
-                self._quiet_until = time.monotonic() + _QUIET_S
-                is_expected = isinstance(error, OperationalError | OSError)
-                log.warning("could not poke %s workers (the sweep will): %s", name, error, exc_info=not is_expected)
+            if name == PHONE_CLASS:
+                # Device workers look for themselves.
+                continue
+            if time.monotonic() < self._quiet_until:
                 return
+            with self._announcing:
+                if name in self._announced:
+                    # Who waits there will send after this commit, too: one message wakes for both.
+                    continue
+                self._announced.add(name)
+                sending = self._sending.setdefault(name, threading.Lock())
+            with sending:
+                with self._announcing:
+                    self._announced.discard(name)
+                if time.monotonic() >= self._quiet_until:
+                    self._send(name)
+
+    def _send(self, name: str) -> None:
+        try:
+            self.app.send_task(RUN_TASK, args=(name,), queue=name, ignore_result=True)
+        except Exception as error:
+            self._quiet_until = time.monotonic() + _QUIET_S
+            is_expected = isinstance(error, OperationalError | OSError)
+            log.warning("could not poke %s workers (the sweep will): %s", name, error, exc_info=not is_expected)

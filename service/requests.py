@@ -6,15 +6,27 @@ Called by `service.api` (REST bodies), `service.cli` (arguments) and `service.le
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from service import gates
+from service.checkpoint_files import MAX_NEEDED_FILES, NEEDED_NAMES, is_needed
+from service.devices import HOST, parse_selector
 from service.errors import InvalidRequest, SourceNotFound
 from service.recipes import (
-    DEVICES,
     ENGINES,
     FORMATS,
     find_recipe,
@@ -22,10 +34,14 @@ from service.recipes import (
     require_known,
     require_runnable,
 )
+from service.strict_json import JsonInvalid, parse_json
+from service.web_addresses import normalise_folder_url
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}")
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
+#: Kinds of sources.
+_KINDS = ("folder", "hub", "https", "s3", "upload")
 
 
 class FolderSource(BaseModel):
@@ -76,9 +92,109 @@ class HubSource(BaseModel):
         return self.repo.rsplit("/", 1)[-1]
 
 
-Source = Annotated[FolderSource | HubSource, Field(discriminator="kind")]
+class HttpsSource(BaseModel):
+    """A checkpoint in a folder of a web server."""
+
+    model_config = _CONFIG
+    kind: Literal["https"] = "https"
+    url: str = Field(description="The folder, e.g. `https://models.example.org/mine/`; without a query.")
+    files: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_NEEDED_FILES,
+        description="Names of the files to take; without them, those are found that a checkpoint's files can have.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _folder_url(cls, value: str) -> str:
+        url = normalise_folder_url(value)
+        last = url.rstrip("/").rpartition("/")[2]
+        if is_needed(last):
+            raise ValueError(f"name the folder that holds {last}, not the file")
+        return url
+
+    @field_validator("files")
+    @classmethod
+    def _names(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if value is None else _require_needed(value)
+
+    @property
+    def label(self) -> str:
+        """A short name for artifacts."""
+        _, _, rest = self.url.partition("://")
+        host, *folders = [part for part in rest.split("/") if part]
+        return _make_label(unquote(folders[-1])) if folders else _make_label(host)
+
+
+class S3Source(BaseModel):
+    """A checkpoint in a bucket, on the S3 server that the operator has set for sources."""
+
+    model_config = _CONFIG
+    kind: Literal["s3"] = "s3"
+    bucket: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="The bucket's name.")
+    prefix: str = Field(default="", max_length=900, description="What stands before the files' names, without the `/`.")
+
+    @field_validator("prefix")
+    @classmethod
+    def _folder_prefix(cls, value: str) -> str:
+        prefix = value.removesuffix("/")
+        parts = prefix.split("/")
+        if prefix and not (prefix.isprintable() and all(part not in ("", ".", "..") for part in parts)):
+            raise ValueError(f"{value[:100]!r} is no prefix: write names joined by single slashes")
+        if is_needed(parts[-1]):
+            raise ValueError(f"name the prefix that holds {parts[-1]}, not the file")
+        return prefix
+
+    @property
+    def label(self) -> str:
+        """A short name for artifacts."""
+        return _make_label(self.prefix.rpartition("/")[2] or self.bucket)
+
+
 #: SHA-256 of an upload of the same tenant.
 UploadDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", examples=["9f86d081" * 8])]
+
+
+class UploadSource(BaseModel):
+    """A checkpoint made of files that were uploaded before."""
+
+    model_config = _CONFIG
+    kind: Literal["upload"] = "upload"
+    files: dict[str, UploadDigest] = Field(
+        min_length=1, max_length=MAX_NEEDED_FILES, description="Name in the checkpoint -> SHA-256 of the upload."
+    )
+    name: str | None = Field(default=None, min_length=1, max_length=100, description="What artifacts are called by.")
+
+    @field_validator("files")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: value[name] for name in _require_needed(value)}
+
+    @property
+    def label(self) -> str:
+        """A short name for artifacts."""
+        return _make_label(self.name or "model")
+
+
+def _require_needed(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names, sorted, each once; raises `ValueError` for one that no file of a checkpoint has."""
+    for name in names:
+        if not is_needed(name):
+            raise ValueError(
+                f"{name[:100]!r} is no file of a checkpoint; those are {', '.join(sorted(NEEDED_NAMES))}, and shards "
+                "such as model-00001-of-00002.safetensors"
+            )
+    return tuple(sorted(set(names)))
+
+
+def _make_label(text: str) -> str:
+    """Return a text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "model"
+
+
+AnySource = FolderSource | HubSource | HttpsSource | S3Source | UploadSource
+Source = Annotated[AnySource, Field(discriminator="kind")]
 
 
 class Calibration(BaseModel):
@@ -104,7 +220,17 @@ class JobRequest(BaseModel):
         default=None, description="Prefill signatures in tokens; chosen from the context when absent."
     )
     context_length: int | None = Field(default=None, ge=2, le=1_048_576, description="KV cache length in tokens.")
-    devices: tuple[str, ...] = Field(default=(), description="Where to benchmark; none when empty.")
+    devices: tuple[str, ...] = Field(
+        default=(),
+        max_length=32,
+        description="Where to benchmark: `host`, `any`, `all`, or conditions on a phone (`soc=SM8650`).",
+    )
+    backends: tuple[Literal["cpu", "gpu", "npu"], ...] = Field(
+        default=("cpu",), min_length=1, description="What phones compute on, each in turn."
+    )
+    threads: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        default=(), max_length=8, description="CPU threads on phones, each in turn; the phone's fast cores when empty."
+    )
     calibration: Calibration | None = Field(default=None, description="A small text of ours when absent.")
     evaluation: UploadDigest | None = Field(
         default=None, description='JSON lines `{"prompt", "answer"}` in place of the checkpoint\'s `evaluation.jsonl`.'
@@ -123,17 +249,25 @@ class JobRequest(BaseModel):
     )
     priority: int = Field(default=0, ge=-100, le=100, description="Of your own jobs, the higher runs first.")
 
-    @field_validator("engines", "formats", "devices")
+    @field_validator("devices")
+    @classmethod
+    def _devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if text != HOST:
+                parse_selector(text)
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("engines", "formats")
     @classmethod
     def _known(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        known = {"engines": ENGINES, "formats": FORMATS, "devices": DEVICES}[info.field_name]
+        known = {"engines": ENGINES, "formats": FORMATS}[info.field_name]
         for name in value:
             require_known(info.field_name[:-1], name, known)
         return tuple(dict.fromkeys(value))
 
-    @field_validator("recipes")
+    @field_validator("recipes", "backends", "threads")
     @classmethod
-    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
 
     @field_validator("own_recipes")
@@ -190,6 +324,12 @@ class JobRequest(BaseModel):
         return {name: digest for name, digest in digests.items() if digest is not None}
 
     @property
+    def held_uploads(self) -> frozenset[str]:
+        """Digests of all uploads that the job needs: those above, and a checkpoint's own files."""
+        files = self.source.files.values() if isinstance(self.source, UploadSource) else ()
+        return frozenset([*self.uploads.values(), *files])
+
+    @property
     def variant_names(self) -> dict[str, tuple[str, str]]:
         """Variant name -> (engine, recipe), in order; the engine is named only when the job has several."""
         several = len(self.engines) > 1
@@ -215,21 +355,38 @@ def parse_request(document: Any) -> JobRequest:
 def invalid_request(errors: list[Any]) -> InvalidRequest:
     """Turn a validator's findings into one sentence per field."""
     problems = [
-        {
-            "field": ".".join(str(part) for part in item["loc"] if part not in ("body", "folder", "hub")),
-            "message": item["msg"].removeprefix("Value error, "),
-        }
-        for item in errors
+        {"field": _name_field(item["loc"]), "message": item["msg"].removeprefix("Value error, ")} for item in errors
     ]
     sentence = "; ".join(f"{problem['field'] or 'request'}: {problem['message']}" for problem in problems)
     return InvalidRequest(f"The request cannot be used: {sentence}.", problems=problems)
 
 
-def parse_source(text: str) -> FolderSource | HubSource:
-    """Read a source as people write it: a folder, or `[hf://]OWNER/NAME[@REVISION]`.
+def _name_field(place: Sequence[int | str]) -> str:
+    """Return a field's name as a user would write it, without the kind that a union adds below `source`."""
+    parts = [str(part) for part in place if part != "body"]
+    return ".".join(
+        part
+        for position, part in enumerate(parts)
+        if not (part in _KINDS and parts[position - 1 : position] == ["source"])
+    )
 
-    Raises `SourceNotFound` when it is neither.
+
+def parse_source(text: str) -> AnySource:
+    """Read a source as people write it.
+
+    A folder, `[hf://]OWNER/NAME[@REVISION]`, `https://HOST/FOLDER/`, `s3://BUCKET/PREFIX`, or a request's `source` as
+    JSON. Raises `SourceNotFound` when it is none of them, and `InvalidRequest`.
     """
+    if text.startswith(("https://", "http://")):
+        return _check_source({"kind": "https", "url": text})
+    if text.startswith("s3://"):
+        bucket, _, prefix = text.removeprefix("s3://").partition("/")
+        return _check_source({"kind": "s3", "bucket": bucket, "prefix": prefix})
+    if text.startswith("{"):
+        try:
+            return _check_source(parse_json(text))
+        except JsonInvalid as error:
+            raise InvalidRequest(f"The source as JSON {error}.") from None
     is_hub = text.startswith("hf://")
     if not is_hub and Path(text).expanduser().is_dir():
         return FolderSource(path=str(Path(text).expanduser().resolve()))
@@ -239,7 +396,28 @@ def parse_source(text: str) -> FolderSource | HubSource:
     if looks_like_path or not _HUB_NAME.fullmatch(repo):
         raise SourceNotFound(
             f"{text!r} is neither a folder here nor a Hub repository. Give the folder that holds config.json, "
-            "or OWNER/NAME[@REVISION] (hf://OWNER/NAME where a folder OWNER stands in the way).",
+            "OWNER/NAME[@REVISION] (hf://OWNER/NAME where a folder OWNER stands in the way), or the address of a "
+            "folder, https://HOST/FOLDER/ or s3://BUCKET/PREFIX.",
             source=text,
         )
     return HubSource(repo=repo, revision=revision or None)
+
+
+def _check_source(document: Any) -> AnySource:
+    try:
+        return TypeAdapter[AnySource](Source).validate_python(document)
+    except ValidationError as error:
+        raise invalid_request([{**item, "loc": ("source", *item["loc"])} for item in error.errors()]) from None
+
+
+def write_source(pinned: Mapping[str, Any], asked: AnySource) -> str:
+    """Return a source as `parse_source` reads it, at the revision that it was pinned to, where words can say it."""
+    if isinstance(asked, FolderSource):
+        return asked.path
+    if isinstance(asked, HubSource):
+        return f"hf://{asked.repo}@{pinned['revision']}"
+    if isinstance(asked, S3Source):
+        return f"s3://{asked.bucket}/{asked.prefix}"
+    if isinstance(asked, HttpsSource) and asked.files is None:
+        return asked.url
+    return asked.model_dump_json(exclude_none=True)

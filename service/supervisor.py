@@ -42,6 +42,8 @@ _READY_S = 300.0
 _START_FAILURES = 3
 #: The hub's token: only the worker, whose fetches need it, gets it.
 _HUB_SECRETS = ("EDGEKILN_HUB_TOKEN", "HF_TOKEN")
+#: The keys that tenants' tokens are sealed with: the API seals, the worker opens.
+_SEALING_KEYS = ("EDGEKILN_TOKEN_KEYS",)
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -67,7 +69,7 @@ def default_commands(settings: Settings, listener: int) -> list[Command]:
     return [
         Command("api", api, pass_fds=(listener,), withheld=_HUB_SECRETS),
         Command("worker", worker),
-        Command("beat", beat, withheld=_HUB_SECRETS),
+        Command("beat", beat, withheld=_HUB_SECRETS + _SEALING_KEYS),
     ]
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 from service.errors import BlobMissing, Conflict, NotFound
-from service.ledger import sweep
+from service.ledger import resumable, sweep
 from service.ledger.database import Database
 from service.ledger.jobs import remove_job
 from service.ledger.sweep import BlobRow, Retention
@@ -35,7 +35,7 @@ class Finding:
 
     fate: Fate
     #: `job`, `log`, `upload`, the kind of the step whose output it is, or `stray`;
-    #: `download` of a host's cache.
+    #: `download`, `copy` or `part` of a host's cache.
     kind: str
     #: Digest of a blob, id of a job, name of a cached download.
     digest: str
@@ -106,6 +106,8 @@ def _condemn(database: Database, retention: Retention) -> Iterator[BlobRow]:
     while sweep.retire_unused_steps(database, retention.outputs_s):
         pass
     while sweep.drop_unused_uploads(database, retention.uploads_s):
+        pass
+    while resumable.drop_expired(database):
         pass
     while condemned := sweep.condemn_unreferenced(database):
         yield from condemned

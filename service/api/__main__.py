@@ -11,6 +11,7 @@ import sys
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.app import make_app
@@ -23,6 +24,7 @@ from service.queue import Poker
 from service.queue import make_app as make_queue
 from service.settings import Settings, load_settings
 from service.storage import open_configured_store
+from service.tracing import begin_tracing, end_tracing
 
 #: How long requests in progress may go on after the signal to stop.
 _DRAIN_S = 3
@@ -50,21 +52,27 @@ def serve(settings: Settings, listener: socket.socket | None = None) -> None:
     try:
         serve_metrics(registry, settings.metrics_host, settings.api_metrics_port)
         app = make_app(settings, database, store)
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            # Its loggers speak as all others do.
-            log_config=None,
-            # Addresses in forwarded headers are claims, and nothing here depends on them.
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=_DRAIN_S,
-        )
-        server = _Server(config, app.state.context)
+        server = _Server(make_config(settings, app), app.state.context)
         server.run(sockets=None if listener is None else [listener])
     finally:
         database.close()
+        end_tracing()
+
+
+def make_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """Return how the server runs."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        # Its loggers speak as all others do.
+        log_config=None,
+        # Addresses in forwarded headers are claims: only of these proxies are they believed.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        server_header=False,
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings()
         begin_log(settings.log_format)
+        begin_tracing("edgekiln-api")
         serve(settings, None if arguments.fd is None else socket.socket(fileno=arguments.fd))
     except EdgeKilnError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)

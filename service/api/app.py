@@ -12,15 +12,48 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from service.api import artifacts, choice, events, health, jobs, logs, schedules, uploads, workers
-from service.api.context import Context
+from service.api import (
+    artifacts,
+    choice,
+    devices,
+    events,
+    health,
+    jobs,
+    keys,
+    logs,
+    resumable,
+    schedules,
+    tokens,
+    uploads,
+    workers,
+)
+from service.api.assembly import Assembler
+from service.api.context import Context, find_scopes
 from service.api.guards import BodyGuard, HostGuard, KeyGuard
 from service.api.problems import ProblemBoundary, install_handlers
+from service.api.rate_limits import RateLimits
 from service.api.schemas import TAGS
+from service.api.tracing import TraceLayer
 from service.ledger import access
 from service.ledger.database import Database
 from service.settings import Settings
 from service.storage import ObjectStore
+
+ROUTERS = (
+    jobs.router,
+    uploads.router,
+    resumable.router,
+    events.router,
+    logs.router,
+    artifacts.router,
+    choice.router,
+    schedules.router,
+    workers.router,
+    devices.router,
+    keys.router,
+    tokens.router,
+    health.router,
+)
 
 _DESCRIPTION = """\
 Turns model checkpoints into artifacts that phones can run, and proves each artifact before anyone downloads it.
@@ -39,6 +72,7 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await anyio.to_thread.run_sync(access.ensure_tenant, database, access.DEFAULT_TENANT)
         yield
+        await anyio.to_thread.run_sync(app.state.assembler.close)
 
     app = FastAPI(
         title="EdgeKiln",
@@ -51,25 +85,22 @@ def make_app(settings: Settings, database: Database, store: ObjectStore) -> Fast
         redoc_url=None,
         generate_unique_id_function=_operation_id,
         middleware=[
+            Middleware(TraceLayer),
             Middleware(ProblemBoundary),
             Middleware(HostGuard, settings=settings),
-            Middleware(KeyGuard, settings=settings, find_caller=partial(access.find_caller, database)),
+            Middleware(
+                KeyGuard,
+                settings=settings,
+                authenticate=partial(access.authenticate, database),
+                limits=RateLimits(settings),
+            ),
             Middleware(BodyGuard, settings=settings),
         ],
     )
     app.state.context = context
+    app.state.assembler = Assembler(context)
     install_handlers(app)
-    for router in (
-        jobs.router,
-        uploads.router,
-        events.router,
-        logs.router,
-        artifacts.router,
-        choice.router,
-        schedules.router,
-        workers.router,
-        health.router,
-    ):
+    for router in ROUTERS:
         app.include_router(router)
     _declare_keys(app)
     return app
@@ -81,14 +112,22 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def _declare_keys(app: FastAPI) -> None:
-    """Say in the OpenAPI document that keys are bearer tokens (and optional on loopback)."""
+    """Say in the OpenAPI document that keys are bearer tokens (and optional on loopback), and what scope each needs."""
     make_document = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = make_document()
         schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
         schemes["api_key"] = {"type": "http", "scheme": "bearer", "description": "`ek_...`; not needed on loopback."}
-        document["security"] = [{"api_key": []}, {}]
+        for route in list_routes():
+            for method in (route.methods or set()) & {name.upper() for name in document["paths"].get(route.path, {})}:
+                demands = [{"api_key": sorted(find_scopes(route.dependant))}, {}]
+                document["paths"][route.path][method.lower()]["security"] = demands
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def list_routes() -> list[APIRoute]:
+    """Return every route of ours."""
+    return [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]

@@ -11,12 +11,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Header, Path, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from service.api.context import ContextOf, TenantOf
+from service.api.context import ContextOf, ReadTenant
 from service.api.jobs import JobId
 from service.api.ranges import matches, parse_range
-from service.api.schemas import ArtifactList, answers, problem_responses
-from service.ledger import views
-from service.storage import blob_key, check_stream
+from service.api.schemas import ArtifactList, MeasurementList, answers, problem_responses
+from service.errors import NotFound
+from service.ledger import measurements, views
+from service.storage import blob_key, check_stream, read_object
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 
@@ -30,7 +31,7 @@ _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "b
     response_model=None,
     responses={**answers(ArtifactList, "What the job has published so far."), **problem_responses(404)},
 )
-def list_artifacts(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+def list_artifacts(context: ContextOf, tenant_id: ReadTenant, job_id: JobId) -> JSONResponse:
     """Return every published artifact with its variant's name."""
     return JSONResponse({"artifacts": views.list_artifacts(context.database, tenant_id, job_id)})
 
@@ -51,7 +52,7 @@ def list_artifacts(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JS
 def download_artifact(
     request: Request,
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: ReadTenant,
     artifact_id: ArtifactId,
     range_header: Annotated[str | None, Header(alias="Range", description="One range, e.g. `bytes=1000-`.")] = None,
     if_range: Annotated[str | None, Header(description="The range is good only for this ETag.")] = None,
@@ -110,13 +111,74 @@ def _stream(stack: ExitStack, chunks: Iterator[bytes]) -> Iterator[bytes]:
         **problem_responses(404),
     },
 )
-def read_manifest(context: ContextOf, tenant_id: TenantOf, artifact_id: ArtifactId) -> Response:
+def read_manifest(context: ContextOf, tenant_id: ReadTenant, artifact_id: ArtifactId) -> Response:
     """Return how the artifact came to be and what was proven of it."""
     artifact = views.read_artifact(context.database, tenant_id, artifact_id)
     return Response(
         artifact["manifest"].encode(),
         media_type="application/json",
         headers={"ETag": f'"{artifact["manifest_sha256"]}"', "X-Content-Type-Options": "nosniff"},
+    )
+
+
+@router.get(
+    "/artifacts/{artifact_id}/signature",
+    summary="Read an artifact's signature",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A Sigstore bundle over artifact and manifest, as `model-signing` reads it.",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        },
+        **problem_responses(404),
+    },
+)
+def read_signature(context: ContextOf, tenant_id: ReadTenant, artifact_id: ArtifactId) -> Response:
+    """Return what the operator has signed artifact and manifest with."""
+    signature = views.read_artifact(context.database, tenant_id, artifact_id)["signature"]
+    if signature is None:
+        raise NotFound(f"The artifact {artifact_id} was published without a signature.", artifact_id=artifact_id)
+    return Response(signature, media_type="application/json", headers={"X-Content-Type-Options": "nosniff"})
+
+
+@router.get(
+    "/artifacts/{artifact_id}/measurements",
+    summary="List an artifact's measurements",
+    response_model=None,
+    responses={**answers(MeasurementList, "What was measured of it so far."), **problem_responses(404)},
+)
+def list_measurements(context: ContextOf, tenant_id: ReadTenant, artifact_id: ArtifactId) -> JSONResponse:
+    """Return the measurements of an artifact on every device; they are made after its manifest, and stand beside it."""
+    found = measurements.list_measurements(context.database, tenant_id, artifact_id)
+    return JSONResponse({"measurements": found})
+
+
+@router.get(
+    "/artifacts/{artifact_id}/measurements/{digest}",
+    summary="Read a measurement",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Every sample, the conditions, the commands and the raw logs.",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        },
+        **problem_responses(404, 503),
+    },
+)
+def read_measurement(
+    context: ContextOf,
+    tenant_id: ReadTenant,
+    artifact_id: ArtifactId,
+    digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="The document's SHA-256.")],
+) -> Response:
+    """Return a measurement whole."""
+    found = measurements.list_measurements(context.database, tenant_id, artifact_id)
+    if digest not in [one["sha256"] for one in found]:
+        raise NotFound(f"There is no measurement {digest} of the artifact {artifact_id!r}.", digest=digest)
+    return Response(
+        read_object(context.store, blob_key(digest), digest),
+        media_type="application/json",
+        headers={"ETag": f'"{digest}"', "X-Content-Type-Options": "nosniff"},
     )
 
 

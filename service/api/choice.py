@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
 
 from service import choice
-from service.api.context import ContextOf, TenantOf
+from service.api.context import ContextOf, ReadTenant
 from service.api.jobs import JobId
 from service.api.schemas import ComparisonDocument, PickDocument, answers, problem_responses
 from service.comparison import AXES, describe_comparison
@@ -48,7 +48,7 @@ else:
     response_model=None,
     responses={**answers(ComparisonDocument, "All artifacts with their figures."), **problem_responses(404)},
 )
-def compare_artifacts(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+def compare_artifacts(context: ContextOf, tenant_id: ReadTenant, job_id: JobId) -> JSONResponse:
     """Return, for each format, which artifacts no other beats in size, quality, speed and memory at once."""
     job, candidates = read_candidates(context.database, tenant_id, job_id)
     return JSONResponse(describe_comparison(job, candidates))
@@ -64,7 +64,7 @@ def compare_artifacts(context: ContextOf, tenant_id: TenantOf, job_id: JobId) ->
     },
 )
 def pick_artifact(
-    context: ContextOf, tenant_id: TenantOf, job_id: JobId, query: Annotated[_Query, Query()]
+    context: ContextOf, tenant_id: ReadTenant, job_id: JobId, query: Annotated[_Query, Query()]
 ) -> JSONResponse:
     """Return the best published artifact within bounds, what excludes the others, or the nearest miss."""
     asked = query.model_dump(exclude_none=True)

@@ -1,4 +1,7 @@
-"""What every handler gets: settings, ledger, store and the tenant. Nothing else is global."""
+"""What every handler gets: settings, ledger, store, and whose request it is. Nothing else is global.
+
+A handler declares the scope that it demands by how it asks for the tenant: `ReadTenant`, `WriteTenant`, `OperatorOf`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from fastapi.dependencies.models import Dependant
 
 from service.api.guards import CALLER
-from service.errors import OperatorRequired, Unauthorized
-from service.ledger.access import Caller
+from service.errors import OperatorRequired, ScopeRequired, Unauthorized
+from service.ledger.access import Caller, Scope
 from service.ledger.database import Database
 from service.settings import Settings
 from service.storage import ObjectStore
@@ -32,30 +36,51 @@ def get_context(request: Request) -> Context:
     return cast(Context, request.app.state.context)
 
 
-def get_caller(request: Request) -> Caller:
-    """Return whose request this is; `KeyGuard` has found out."""
-    caller: Caller | None = getattr(request.state, CALLER, None)
-    if caller is None:
-        raise Unauthorized("This needs an API key: send `Authorization: Bearer ek_...`.")
-    return caller
+def get_reader(request: Request) -> str:
+    """Return the tenant whose work may be read."""
+    return _find_caller(request, Scope.READ).tenant_id
 
 
-def get_tenant(request: Request) -> str:
-    """Return the tenant whose request this is."""
-    return get_caller(request).tenant_id
+def get_writer(request: Request) -> str:
+    """Return the tenant whose work may be changed."""
+    return _find_caller(request, Scope.WRITE).tenant_id
 
 
 def get_operator(request: Request) -> Caller:
-    """Return the operator whose request this is; raises `OperatorRequired`."""
-    caller = get_caller(request)
-    if not caller.is_operator:
+    """Return the operator whose request this is."""
+    return _find_caller(request, Scope.OPERATE)
+
+
+def _find_caller(request: Request, scope: Scope) -> Caller:
+    """Return whose request this is (`KeyGuard` has found out) if its key has the scope."""
+    caller: Caller | None = getattr(request.state, CALLER, None)
+    if caller is None:
+        raise Unauthorized("This needs an API key: send `Authorization: Bearer ek_...`.")
+    if scope in caller.scopes:
+        return caller
+    if scope is Scope.OPERATE:
         raise OperatorRequired(
-            "The fleet is the operators' to see and manage. `edgekiln keys create NAME --operator` on the server makes "
-            "a key for it."
+            "Fleet and keys are the operators' to see and manage. `edgekiln keys create NAME --operator` on the server "
+            "makes a key for it."
         )
-    return caller
+    raise ScopeRequired(
+        f"This needs a key with the scope {scope!s}; this one has {', '.join(sorted(caller.scopes))}. `edgekiln keys "
+        f"create NAME --scope {scope!s}` on the server makes one.",
+        scope=str(scope),
+    )
+
+
+#: What a handler depends on -> the scope that it thereby demands.
+_DEMANDS = {get_reader: Scope.READ, get_writer: Scope.WRITE, get_operator: Scope.OPERATE}
+
+
+def find_scopes(dependant: Dependant) -> set[Scope]:
+    """Return the scopes that a route demands."""
+    own = {scope for demand, scope in _DEMANDS.items() if dependant.call is demand}
+    return own.union(*(find_scopes(each) for each in dependant.dependencies))
 
 
 ContextOf = Annotated[Context, Depends(get_context)]
-TenantOf = Annotated[str, Depends(get_tenant)]
+ReadTenant = Annotated[str, Depends(get_reader)]
+WriteTenant = Annotated[str, Depends(get_writer)]
 OperatorOf = Annotated[Caller, Depends(get_operator)]

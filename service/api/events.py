@@ -16,7 +16,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
-from service.api.context import Context, ContextOf, TenantOf
+from service.api.context import Context, ContextOf, ReadTenant
 from service.api.jobs import JobId
 from service.api.schemas import problem_responses
 from service.errors import EdgeKilnError, InvalidRequest
@@ -48,7 +48,7 @@ _STREAM_EXAMPLE = 'id: 7\nevent: step\ndata: {"step_id": "step_4d", "kind": "con
 )
 def stream_events(
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: ReadTenant,
     job_id: JobId,
     after: Annotated[int, Query(ge=0, description="Send only events with higher numbers.")] = 0,
     last_event_id: Annotated[

@@ -1,4 +1,4 @@
-"""What a request must pass before any route sees it: Host, Origin, API key, size of the body.
+"""What a request must pass before any route sees it: Host, Origin, API key, rate limits, size of the body.
 
 Owns four checks as pure ASGI layers, so that they hold for unknown routes and streams alike. They only raise;
 `service.api.problems` answers.
@@ -14,6 +14,7 @@ import anyio.to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.rate_limits import RateLimits
 from service.errors import HostNotAllowed, InvalidRequest, OriginNotAllowed, PayloadTooLarge, Unauthorized
 from service.ledger.access import LOCAL_CALLER, Caller
 from service.settings import Settings
@@ -24,6 +25,7 @@ CALLER = "caller"
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 #: Takes larger bodies than other routes, and streams them.
 UPLOADS_PATH = "/v1/uploads"
+RESUMABLE_PATHS = "/v1/uploads/resumable/"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -91,16 +93,19 @@ class KeyGuard:
     """Finds out whose request it is.
 
     Without a key only the laptop's own user is served: the server listens on loopback and was called by a
-    loopback name. A key that is given must be valid, wherever.
+    loopback name, by no proxy. A key that is given must be valid, wherever, and is counted against the rate limits.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, find_caller: Callable[[str], Caller]) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, authenticate: Callable[[str], Caller], limits: RateLimits
+    ) -> None:
         self.app = app
+        self.limits = limits
         self.listens_on_loopback = is_loopback(host_name(settings.host))
-        self.find_caller = find_caller
+        self.authenticate = authenticate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Put the caller into the request's state, or raise `Unauthorized`."""
+        """Put the caller into the request's state, or raise `Unauthorized` or `RateLimited`."""
         if scope["type"] == "http":
             scope.setdefault("state", {})[CALLER] = await self._caller(scope)
         await self.app(scope, receive, send)
@@ -112,8 +117,10 @@ class KeyGuard:
             scheme, _, secret = authorization.partition(" ")
             if scheme.lower() != "bearer" or not secret.strip():
                 raise Unauthorized("The Authorization header must read `Bearer ek_...`.")
-            return await anyio.to_thread.run_sync(self.find_caller, secret.strip())
-        if self.listens_on_loopback and is_loopback(host_name(headers.get("host", ""))):
+            # A socket of the file system has no address.
+            address = (scope.get("client") or ("local", 0))[0]
+            return await anyio.to_thread.run_sync(self._admit, secret.strip(), str(address))
+        if self.listens_on_loopback and is_loopback(host_name(headers.get("host", ""))) and not _is_forwarded(headers):
             return LOCAL_CALLER
         if scope["path"] in OPEN_PATHS:
             return None
@@ -121,6 +128,22 @@ class KeyGuard:
             "This server needs an API key: send `Authorization: Bearer ek_...`. `edgekiln keys create NAME` on the "
             "server makes one."
         )
+
+    def _admit(self, secret: str, address: str) -> Caller:
+        """Return whose key this is, if neither it nor its sender has come too often."""
+        self.limits.require_patience(address)
+        try:
+            caller = self.authenticate(secret)
+        except Unauthorized:
+            self.limits.note_wrong_key(address)
+            raise
+        self.limits.admit(caller)
+        return caller
+
+
+def _is_forwarded(headers: Headers) -> bool:
+    """Tell whether a proxy says that it passes on another's request; many of them name the host that they call."""
+    return any(name in headers for name in ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip"))
 
 
 class BodyGuard:
@@ -137,6 +160,10 @@ class BodyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Buffer the body, then hand it on as one message."""
         if scope["type"] != "http" or scope["method"] in _SAFE_METHODS:
+            await self.app(scope, receive, send)
+            return
+        if scope["method"] == "PATCH" and scope["path"].startswith(RESUMABLE_PATHS):
+            # Its route knows how many bytes are to come.
             await self.app(scope, receive, send)
             return
         is_upload = scope["path"] == UPLOADS_PATH

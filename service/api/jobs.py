@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Path, Query
 from fastapi.responses import JSONResponse, Response
 
-from service import gates
-from service.api.context import ContextOf, TenantOf
+from service import gates, tracing
+from service.api.context import ContextOf, ReadTenant, WriteTenant
 from service.api.schemas import Catalogue, JobDocument, JobList, answers, problem_responses
 from service.api.uploads import check_uploads
 from service.ledger import jobs, views
@@ -29,6 +29,28 @@ _EXAMPLES: dict[str, Any] = {
             "source": {"kind": "hub", "repo": "HuggingFaceTB/SmolLM-135M"},
             "recipes": ["none", "dynamic_int8"],
             "formats": ["tflite", "litertlm"],
+        },
+    },
+    "https": {
+        "summary": "A folder of a web server",
+        "value": {"source": {"kind": "https", "url": "https://models.example.org/mine/"}, "recipes": ["dynamic_int8"]},
+    },
+    "s3": {
+        "summary": "A prefix of a bucket that the operator allows",
+        "value": {"source": {"kind": "s3", "bucket": "models", "prefix": "mine"}, "recipes": ["dynamic_int8"]},
+    },
+    "upload": {
+        "summary": "Files that were uploaded before, by their digests",
+        "value": {
+            "source": {
+                "kind": "upload",
+                "name": "mine",
+                "files": {
+                    "config.json": "9f86d081" * 8,
+                    "tokenizer.json": "2c26b46b" * 8,
+                    "model.safetensors": "fcde2b2e" * 8,
+                },
+            },
         },
     },
     "folder": {
@@ -56,7 +78,7 @@ _EXAMPLES: dict[str, Any] = {
 )
 def submit_job(
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: WriteTenant,
     request: Annotated[JobRequest, Body(openapi_examples=_EXAMPLES)],
     idempotency_key: Annotated[
         str | None,
@@ -76,8 +98,9 @@ def submit_job(
         admitted,
         max_variants=context.settings.max_variants,
         idempotency_key=idempotency_key,
+        traceparent=tracing.current_traceparent() if tracing.is_on() else None,
     )
-    document = views.read_job(context.database, tenant_id, submission.job_id)
+    document = submission.document or views.read_job(context.database, tenant_id, submission.job_id)
     return JSONResponse(
         document,
         status_code=201 if submission.is_new else 200,
@@ -93,7 +116,7 @@ def submit_job(
 )
 def list_jobs(
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: ReadTenant,
     state: Annotated[list[str], Query(description="Only jobs in this state; may be repeated.")] = [],  # noqa: B006
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE, description="Jobs a page.")] = _PAGE,
     before: Annotated[str | None, Query(max_length=64, description="`next` of the page before.")] = None,
@@ -112,7 +135,7 @@ def list_jobs(
     response_model=None,
     responses={**answers(JobDocument, "The job whole."), **problem_responses(404)},
 )
-def read_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+def read_job(context: ContextOf, tenant_id: ReadTenant, job_id: JobId) -> JSONResponse:
     """Return request, pinned source, variants with artifacts and figures, and steps."""
     return JSONResponse(views.read_job(context.database, tenant_id, job_id))
 
@@ -123,7 +146,7 @@ def read_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResp
     response_model=None,
     responses={**answers(JobDocument, "The job is cancelled (now, or before)."), **problem_responses(404, 409)},
 )
-def cancel_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+def cancel_job(context: ContextOf, tenant_id: WriteTenant, job_id: JobId) -> JSONResponse:
     """End a job and every step that no other job needs; what was published stays."""
     jobs.cancel_job(context.database, tenant_id, job_id)
     return JSONResponse(views.read_job(context.database, tenant_id, job_id))
@@ -135,7 +158,7 @@ def cancel_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONRe
     response_model=None,
     responses={**answers(JobDocument, "The job is open again."), **problem_responses(404, 409, 429)},
 )
-def retry_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONResponse:
+def retry_job(context: ContextOf, tenant_id: WriteTenant, job_id: JobId) -> JSONResponse:
     """Open an ended job again for the variants that did not succeed; finished work is kept."""
     jobs.retry_job(context.database, tenant_id, job_id)
     return JSONResponse(views.read_job(context.database, tenant_id, job_id))
@@ -148,7 +171,7 @@ def retry_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> JSONRes
     response_class=Response,
     responses={204: {"description": "The job is gone."}, **problem_responses(404, 409)},
 )
-def delete_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> Response:
+def delete_job(context: ContextOf, tenant_id: WriteTenant, job_id: JobId) -> Response:
     """Forget an ended job with its artifacts and logs; bytes that nobody else needs are freed later."""
     jobs.remove_job(context.database, tenant_id, job_id)
     return Response(status_code=204)
@@ -161,7 +184,7 @@ def delete_job(context: ContextOf, tenant_id: TenantOf, job_id: JobId) -> Respon
     response_model=None,
     responses={**answers(Catalogue, "Recipes, formats, engines, devices and gates."), **problem_responses()},
 )
-def list_recipes(_tenant_id: TenantOf) -> JSONResponse:
+def list_recipes(_tenant_id: ReadTenant) -> JSONResponse:
     """Return the names that a job request may use."""
     return JSONResponse(
         {

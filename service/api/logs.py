@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from service.api.context import ContextOf, TenantOf
+from service.api.context import ContextOf, ReadTenant
 from service.api.jobs import JobId
 from service.api.schemas import LogList, problem_responses
 from service.errors import EdgeKilnError
@@ -41,7 +41,7 @@ _ANSWER_BYTES = 8 << 20
 def list_logs(
     request: Request,
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: ReadTenant,
     job_id: JobId,
     kind: Annotated[str | None, Query(description="Only steps of this kind.", examples=["convert"])] = None,
     tail_bytes: Annotated[int, Query(ge=0, le=_MAX_TAIL_BYTES, description="Most bytes of each log.")] = _TAIL_BYTES,
@@ -53,12 +53,16 @@ def list_logs(
     if _prefers_text(request.headers.get("accept", "")):
         return StreamingResponse(_print_logs(context.store, entries), media_type="text/plain; charset=utf-8")
     left_bytes = _ANSWER_BYTES
-    documents = []
-    for entry in entries:
-        document = _tail(context.store, entry, min(tail_bytes, left_bytes))
-        left_bytes -= len(document["text"] or "")
-        documents.append(document)
-    return JSONResponse({"logs": documents})
+    documents: dict[int, dict[str, Any]] = {}
+    for place in sorted(range(len(entries)), key=lambda place: _order_of_interest(entries[place]), reverse=True):
+        documents[place] = _tail(context.store, entries[place], min(tail_bytes, left_bytes))
+        left_bytes -= len((documents[place]["text"] or "").encode())
+    return JSONResponse({"logs": [documents[place] for place in range(len(entries))]})
+
+
+def _order_of_interest(entry: Mapping[str, Any]) -> tuple[bool, str]:
+    """Order attempts so that those that run come last, after those that ended late."""
+    return entry["finished_at"] is None, entry["finished_at"] or entry["started_at"]
 
 
 def _prefers_text(accept: str) -> bool:
@@ -74,13 +78,14 @@ def _tail(store: ObjectStore, entry: dict[str, Any], tail_bytes: int) -> dict[st
         data = (live or "").encode()
         shown = data[max(0, len(data) - tail_bytes) :]
         text = None if live is None else shown.decode(errors="replace")
-        return {**entry, "size_bytes": live_bytes, "text": text, "truncated": len(shown) < (live_bytes or 0)}
+        document = {**entry, "size_bytes": live_bytes, "text": text, "truncated": len(shown) < (live_bytes or 0)}
+        return {**document, "is_complete": entry["finished_at"] is not None and live is None}
     key = blob_key(digest)
     size_bytes = store.stat(key).size_bytes
     start = max(0, size_bytes - tail_bytes)
     with store.open(key, start=start) as chunks:
         text = b"".join(chunks).decode(errors="replace")
-    return {**entry, "size_bytes": size_bytes, "text": text, "truncated": start > 0}
+    return {**entry, "size_bytes": size_bytes, "text": text, "truncated": start > 0, "is_complete": True}
 
 
 def _print_logs(store: ObjectStore, entries: list[dict[str, Any]]) -> Iterator[bytes]:

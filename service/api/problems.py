@@ -26,6 +26,7 @@ from service.errors import (
     OriginNotAllowed,
     PayloadTooLarge,
     RangeNotSatisfiable,
+    RateLimited,
     Unauthorized,
 )
 from service.requests import invalid_request
@@ -70,6 +71,8 @@ def make_problem_response(
         all_headers["WWW-Authenticate"] = 'Bearer realm="edgekiln"'
     if isinstance(error, RangeNotSatisfiable) and "size_bytes" in error.details:
         all_headers["Content-Range"] = f"bytes */{error.details['size_bytes']}"
+    if isinstance(error, RateLimited):
+        all_headers["Retry-After"] = str(error.details["retry_after_s"])
     if isinstance(error, PayloadTooLarge):
         # The rest of the body is not read.
         all_headers["Connection"] = "close"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Query
 from fastapi.responses import JSONResponse, Response
 
-from service.api.context import ContextOf, TenantOf
+from service.api.context import ContextOf, ReadTenant, WriteTenant
 from service.api.schemas import ScheduleDocument, ScheduleList, answers, problem_responses
 from service.api.uploads import check_uploads
 from service.ledger import schedules
@@ -53,7 +53,7 @@ _EXAMPLES: dict[str, Any] = {
     },
 )
 def add_schedule(
-    context: ContextOf, tenant_id: TenantOf, request: Annotated[ScheduleRequest, Body(openapi_examples=_EXAMPLES)]
+    context: ContextOf, tenant_id: WriteTenant, request: Annotated[ScheduleRequest, Body(openapi_examples=_EXAMPLES)]
 ) -> JSONResponse:
     """Check the job as if it were submitted now, and store when it shall be; nothing is submitted before a tick."""
     admitted = request.model_copy(update={"job": admit_source(request.job, context.settings)})
@@ -76,7 +76,7 @@ def add_schedule(
 )
 def list_schedules(
     context: ContextOf,
-    tenant_id: TenantOf,
+    tenant_id: ReadTenant,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE, description="Schedules a page.")] = _PAGE,
     before: Annotated[str | None, Query(max_length=64, description="`next` of the page before.")] = None,
 ) -> JSONResponse:
@@ -92,7 +92,7 @@ def list_schedules(
     response_model=None,
     responses={**answers(ScheduleDocument, "The schedule with its ticks."), **problem_responses(404)},
 )
-def read_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: ScheduleId) -> JSONResponse:
+def read_schedule(context: ContextOf, tenant_id: ReadTenant, schedule_id: ScheduleId) -> JSONResponse:
     """Return the next ticks, and what became of the last ones."""
     return JSONResponse(schedules.read_schedule(context.database, tenant_id, schedule_id))
 
@@ -103,7 +103,7 @@ def read_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: Schedule
     response_model=None,
     responses={**answers(ScheduleDocument, "The schedule is paused (now, or before)."), **problem_responses(404)},
 )
-def pause_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: ScheduleId) -> JSONResponse:
+def pause_schedule(context: ContextOf, tenant_id: WriteTenant, schedule_id: ScheduleId) -> JSONResponse:
     """Submit nothing until it is resumed; its jobs go on."""
     schedules.pause_schedule(context.database, tenant_id, schedule_id)
     return JSONResponse(schedules.read_schedule(context.database, tenant_id, schedule_id))
@@ -115,7 +115,7 @@ def pause_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: Schedul
     response_model=None,
     responses={**answers(ScheduleDocument, "The schedule is active."), **problem_responses(404)},
 )
-def resume_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: ScheduleId) -> JSONResponse:
+def resume_schedule(context: ContextOf, tenant_id: WriteTenant, schedule_id: ScheduleId) -> JSONResponse:
     """Go on with the next tick from now; those of the pause are not made up for."""
     schedules.resume_schedule(context.database, tenant_id, schedule_id)
     return JSONResponse(schedules.read_schedule(context.database, tenant_id, schedule_id))
@@ -128,7 +128,7 @@ def resume_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: Schedu
     response_class=Response,
     responses={204: {"description": "The schedule is gone."}, **problem_responses(404)},
 )
-def remove_schedule(context: ContextOf, tenant_id: TenantOf, schedule_id: ScheduleId) -> Response:
+def remove_schedule(context: ContextOf, tenant_id: WriteTenant, schedule_id: ScheduleId) -> Response:
     """Forget the schedule and its ticks; its jobs stay."""
     schedules.remove_schedule(context.database, tenant_id, schedule_id)
     return Response(status_code=204)

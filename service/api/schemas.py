@@ -16,7 +16,9 @@ TAGS = [
     {"name": "uploads", "description": "Files that jobs name: calibration, evaluation, texts."},
     {"name": "artifacts", "description": "Proven artifacts and the manifests that say how each came to be."},
     {"name": "schedules", "description": "Jobs that are submitted again by themselves."},
-    {"name": "fleet", "description": "Workers and what they run; for operators."},
+    {"name": "fleet", "description": "Workers and what they run, phones and their tools."},
+    {"name": "keys", "description": "API keys of one's own tenant; for operators."},
+    {"name": "tokens", "description": "What a tenant's private sources are read with; written, never shown."},
     {"name": "catalogue", "description": "What a job may ask for."},
     {"name": "health", "description": "Whether the server lives and can do its work."},
 ]
@@ -60,6 +62,8 @@ class Artifact(_Document):
     url: str = Field(description="Where to download it, relative to the server.")
     manifest_sha256: str
     manifest_url: str
+    signature_url: str | None = Field(description="Where it is signed: its signature.")
+    measurements_url: str
     published_at: datetime | None
 
 
@@ -89,6 +93,27 @@ class UploadList(_Document):
 
     uploads: list[UploadDocument]
     next: str | None = Field(description="Give it as `before` to read the next page; null on the last one.")
+
+
+class ResumableDocument(_Document):
+    """A file that is sent in pieces."""
+
+    id: str
+    state: Literal["receiving", "assembling", "stored", "failed"]
+    name: str | None
+    size_bytes: int
+    offset_bytes: int = Field(description="What has arrived.")
+    sha256: str | None = Field(description="As announced.")
+    upload: UploadDocument | None = Field(description="What became of it, once it is stored.")
+    error: ErrorDocument | None
+    created_at: datetime
+    expires_at: datetime = Field(description="Each piece puts it off.")
+
+
+class ResumableList(_Document):
+    """The tenant's unfinished uploads, newest first."""
+
+    uploads: list[ResumableDocument]
 
 
 class VariantDocument(_Document):
@@ -170,7 +195,7 @@ class CandidateDocument(_Document):
     error: ErrorDocument | None
     artifact: Artifact | None = Field(description="Null when the variant is not published: it is never picked.")
     figures: dict[str, float | None] = Field(description="Dotted name -> figure; null where nobody measured it.")
-    measurement: str | None = Field(description="What the benchmark is worth: `stable`, `noisy` or `short`.")
+    measurement: str | None = Field(description="What the benchmark is worth: `stable`, `noisy`, `hot` or `short`.")
 
 
 class ComparedDocument(CandidateDocument):
@@ -254,6 +279,7 @@ class AttemptLog(_Document):
     size_bytes: int | None = Field(description="Size of the whole log; null when there is none yet.")
     text: str | None = Field(description="The end of the log.")
     truncated: bool = Field(description="Whether `text` is less than the whole; ask for `text/plain` to get all.")
+    is_complete: bool = Field(description="Whether nothing more will come; false while it runs or its end is stored.")
 
 
 class LogList(_Document):
@@ -397,15 +423,116 @@ class WorkerList(_Document):
     workers: list[WorkerDocument]
 
 
+class KeyDocument(_Document):
+    """An API key, without its secret."""
+
+    id: str
+    name: str
+    prefix: str = Field(description="How the key begins.", examples=["ek_1f0c9a2b"])
+    scopes: list[str] = Field(description="`read`, `write`, `operate`.")
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None = Field(description="To the minute.")
+    revoked_at: datetime | None
+    replaced_by: str | None = Field(description="The key that a rotation has put in its place.")
+
+
+class NewKeyDocument(KeyDocument):
+    """A key that was just made."""
+
+    key: str = Field(description="The key itself; it is never shown again.")
+
+
+class KeyList(_Document):
+    """The keys of a tenant."""
+
+    keys: list[KeyDocument]
+
+
+class TokenDocument(_Document):
+    """A token for a kind of source, without the token."""
+
+    kind: str = Field(examples=["hub"])
+    fingerprint: str = Field(description="The beginning of its SHA-256.", examples=["sha256:9f86d081884c"])
+    created_at: datetime
+
+
+class TokenList(_Document):
+    """The tokens of a tenant."""
+
+    tokens: list[TokenDocument]
+
+
+class DeviceDocument(_Document):
+    """A phone: what it is, and how it is."""
+
+    id: str
+    kind: Literal["phone", "virtual"] = Field(description="`virtual`: it says of itself that it is no phone.")
+    state: Literal["ready", "busy", "absent", "offline", "unauthorized", "quarantined"]
+    reason: str | None = Field(description="Why it is not ready.")
+    tags: list[str]
+    manufacturer: str | None
+    model: str | None
+    soc: str | None
+    android: int | None
+    abi: str | None
+    ram_gib: float | None = Field(description="As sold; `memory_bytes` is what the kernel has of it.")
+    connections: list[str] = Field(description="adb's serial numbers for it.")
+    host: str | None = Field(description="Of the device worker that follows it.")
+    seen_at: datetime
+
+
+class DeviceList(_Document):
+    """The phones."""
+
+    devices: list[DeviceDocument]
+
+
+class ToolDocument(_Document):
+    """A version of a tool for one kind of machine code."""
+
+    name: str
+    version: str
+    abi: str
+    files: dict[str, str] = Field(description="File name -> SHA-256.")
+    created_at: datetime
+
+
+class ToolList(_Document):
+    """The tools."""
+
+    tools: list[ToolDocument]
+
+
+class MeasurementDocument(_Document):
+    """One measurement of an artifact; its figures as in the job."""
+
+    name: str = Field(description="A file name that tells it from others.")
+    sha256: str
+    size_bytes: int
+    url: str = Field(description="Where the whole document is: every sample, the conditions, the raw logs.")
+    measured_at: datetime
+    device: dict[str, Any]
+    verdict: str = Field(description="`stable`, `noisy`, `hot`, `short` or `dead`.")
+
+
+class MeasurementList(_Document):
+    """What was measured of an artifact."""
+
+    measurements: list[MeasurementDocument]
+
+
 _PROBLEM_TEXTS = {
     401: "An API key is needed, or the one given is not valid.",
     403: "The folder, the origin or the key does not allow it.",
     404: "There is no such thing, or it is another tenant's.",
     409: "The thing's state forbids it.",
+    412: "The protocol has another version.",
     413: "The body is too large.",
+    415: "The body has another type.",
     416: "The range lies outside the artifact.",
     422: "The request cannot work as written.",
-    429: "The tenant has as much as it may have.",
+    429: "The tenant has as much as it may have, or asks too often (`Retry-After`).",
     503: "Not now; try again later.",
 }
 
@@ -415,7 +542,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": _PROBLEM_TEXTS[status], "content": content, "model": Problem}
-        for status in sorted({401, 422, *statuses})
+        for status in sorted({401, 422, 429, *statuses})
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +12,11 @@ import typer
 
 from service.commands import options
 from service.commands.output import print_json, say
+from service.commands.server import open_ledger
 from service.data_dir import DataDirLock
 from service.units import format_bytes
 
 if TYPE_CHECKING:
-    from service.ledger.database import Database
     from service.settings import Settings
 
 BACKUP_EPILOG = """Examples:
@@ -46,13 +46,11 @@ def backup(
     Safe beside running workers: the copy is of one moment.
     """
     from service.backup import back_up
-    from service.ledger.database import migrate
     from service.storage import open_configured_store
 
-    settings = options.read_settings(data_dir=data_dir)
-    migrate(settings.ledger_url)
-    with _open_ledger(settings) as ledger:
-        head = back_up(ledger, open_configured_store(settings), folder, _make_reporter())
+    with open_ledger(data_dir) as ledger:
+        store = open_configured_store(options.read_settings(data_dir=data_dir))
+        head = back_up(ledger, store, folder, _make_reporter())
     _finish(head, folder, "Backed up to", as_json)
 
 
@@ -70,13 +68,14 @@ def restore(
     Stop every process of the installation first. A restore that was interrupted may be repeated.
     """
     from service import backup as backups
+    from service.ledger.database import Database
     from service.storage import open_configured_store
 
     if check:
         _finish(backups.check_backup(folder, _make_reporter()), folder, "Whole:", as_json)
         return
     settings = options.read_settings(data_dir=data_dir)
-    with _reserve(settings), _open_ledger(settings) as ledger:
+    with _reserve(settings), closing(Database(settings.ledger_url)) as ledger:
         store = open_configured_store(settings)
         head = backups.restore(ledger, store, folder, _make_reporter(), keep_objects=keep_objects)
     _finish(head, folder, "Restored from", as_json)
@@ -92,17 +91,6 @@ def _reserve(settings: Settings) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _open_ledger(settings: Settings) -> Iterator[Database]:
-    from service.ledger.database import Database
-
-    ledger = Database(settings.ledger_url)
-    try:
-        yield ledger
-    finally:
-        ledger.close()
 
 
 def _make_reporter() -> Callable[[str, int, int], None]:

@@ -24,7 +24,9 @@ SUBMIT_EPILOG = """Examples:
 
 \b
   edgekiln submit HuggingFaceTB/SmolLM-135M --recipe dynamic_int8 --recipe float16 --wait
+  edgekiln submit https://models.example.org/mine/ --recipe dynamic_int8
   edgekiln submit /srv/models/mine --idempotency-key nightly-2026-11-21
+  edgekiln submit ./my-model --url https://kiln.example
   edgekiln submit OWNER/NAME@v1.2 --url http://kiln.example:8711 --api-key ek_...
 """
 JOBS_EPILOG = """Examples:
@@ -77,14 +79,29 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option("--idempotency-key", metavar="TEXT", help="Submit once, however often it is repeated.")
     ] = None,
+    is_uploaded: Annotated[
+        bool | None,
+        typer.Option(
+            "--upload/--no-upload",
+            help="Upload a folder's files, or let the server read the folder. [default: upload unless the server is "
+            "on this machine's loopback]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
 ) -> None:
     """Submit a job to a server and print its id."""
     with options.connect(url, api_key) as client:
-        order.upload_files(client)
-        job = client.submit(order.request, idempotency_key=idempotency_key)
+        if is_uploaded or (is_uploaded is None and not client.is_local):
+            order = order.with_folder_uploaded()
+        job = client.submit(
+            order.request,
+            idempotency_key=idempotency_key,
+            files=order.files,
+            on_upload=lambda file: say(f"Uploading {file.name} ({format_bytes(file.stat().st_size)})."),
+        )
         if wait:
             say(f"Job {job['id']}.")
             _finish(_watch(client, job["id"]), as_json)
@@ -123,9 +140,11 @@ def jobs(
 
 
 def name_source(request: Mapping[str, Any]) -> str:
-    """Return the folder or the repository that a request names."""
+    """Return the folder, the repository, the address or the upload that a request names."""
     source = request["source"]
-    return str(source.get("path") or source.get("repo"))
+    if source["kind"] == "s3":
+        return f"s3://{source['bucket']}/{source['prefix']}"
+    return str(source.get("path") or source.get("repo") or source.get("url") or source["name"] or source["kind"])
 
 
 def _count(states: Mapping[str, int]) -> str:
@@ -246,16 +265,21 @@ def logs(
 def download(
     job_id: options.JobId,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artifacts go.")],
+    verify_key: Annotated[
+        Path | None,
+        typer.Option("--verify-key", metavar="FILE", help="Public key (PEM) that every artifact must be signed with."),
+    ] = None,
     as_json: options.AsJson = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
 ) -> None:
     """Download a job's artifacts.
 
-    With their manifests, checked against their digests; a broken download is resumed.
+    With their manifests, checked against their digests; a broken download is resumed. With a key, what is not signed
+    with it is refused.
     """
     with options.connect(url, api_key) as client:
-        paths = client.download(job_id, output)
+        paths = client.download(job_id, output, verify_key=verify_key)
     if as_json:
         print_json([str(path) for path in paths])
         return

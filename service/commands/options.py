@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.devices import ANY_OR_ALL, BACKENDS, HOST
 from service.errors import InvalidRequest
-from service.recipes import DEVICES, ENGINES, FORMATS, RECIPES, require_known
+from service.recipes import ENGINES, FORMATS, RECIPES, require_known
 from service.strict_json import JsonInvalid, parse_json
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A checkpoint folder, or OWNER/NAME[@REVISION] on the Hub.")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint folder, OWNER/NAME[@REVISION] on the Hub, or a folder at https:// or s3://.",
+    ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, as `edgekiln jobs` lists it.")]
 Recipes = Annotated[
@@ -42,9 +47,22 @@ Prefill = Annotated[
     typer.Option("--prefill", metavar="N", help="A prefill signature of N tokens; may be repeated."),
 ]
 Context = Annotated[int | None, typer.Option("--context", metavar="N", help="KV cache length in tokens.")]
-Benchmark = Annotated[
+Devices = Annotated[
     list[str] | None,
-    typer.Option("--benchmark", metavar="DEVICE", help=f"Measure there: {', '.join(DEVICES)}."),
+    typer.Option(
+        "--device",
+        "--benchmark",
+        metavar="DEVICE",
+        help="Measure there: host, any, all, or conditions on a phone, e.g. 'ram_gib>=8,android>=14'; may be repeated.",
+    ),
+]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option("--backend", metavar="B", help="What phones compute on: cpu, gpu, npu; may be repeated."),
+]
+Threads = Annotated[
+    list[int] | None,
+    typer.Option("--threads", metavar="N", help="CPU threads on phones; may be repeated. [default: fast cores]"),
 ]
 Calibration = Annotated[
     str | None,
@@ -103,12 +121,23 @@ class Order:
     """A request, and the files that must be uploaded before it is submitted."""
 
     request: JobRequest
-    files: tuple[Path, ...]
+    #: By digest.
+    files: Mapping[str, Path]
 
     def upload_files(self, client: Client) -> None:
         """Bring the files to the server; those it has already cost it nothing."""
-        for file in self.files:
+        for file in self.files.values():
             client.upload(file)
+
+    def with_folder_uploaded(self) -> Order:
+        """Return the order with the files of its source folder among those to upload; another source stays."""
+        from service.local_folder import read_folder
+        from service.requests import FolderSource
+
+        if not isinstance(self.request.source, FolderSource):
+            return self
+        source, files = read_folder(Path(self.request.source.path))
+        return Order(self.request.model_copy(update={"source": source}), {**self.files, **files})
 
 
 def make_order(
@@ -118,7 +147,9 @@ def make_order(
     engine: Engines = None,
     prefill: Prefill = None,
     context: Context = None,
-    benchmark: Benchmark = None,
+    device: Devices = None,
+    backend: Backends = None,
+    threads: Threads = None,
     calibration: Calibration = None,
     calibration_prompts: CalibrationPrompts = None,
     evaluation: Evaluation = None,
@@ -139,14 +170,19 @@ def make_order(
         ("recipe", recipe, (*RECIPES, *own_recipes)),
         ("format", format, FORMATS),
         ("engine", engine, ENGINES),
-        ("device", benchmark, DEVICES),
+        ("backend", backend, BACKENDS),
     ):
         for name in names or ():
             require_known(kind, name, known)
 
+    for text in device or ():
+        name = text.split(",")[0].strip()
+        if not set(name) & set("<>=!"):
+            require_known("device", name, (HOST, *ANY_OR_ALL))
+
     from service.requests import parse_request, parse_source
 
-    files: list[Path] = []
+    files: dict[str, Path] = {}
     fields: dict[str, Any] = {
         # Who brings a recipe wants it, named or not.
         "recipes": list(dict.fromkeys([*(recipe or ()), *own_recipes])),
@@ -154,7 +190,9 @@ def make_order(
         "engines": engine,
         "prefill_lengths": prefill,
         "context_length": context,
-        "devices": benchmark,
+        "devices": device,
+        "backends": backend,
+        "threads": threads,
         "calibration": _choose_calibration(calibration, calibration_prompts, files),
         "evaluation": _name_upload("--evaluation", evaluation, files),
         "perplexity_text": _name_upload("--perplexity-text", perplexity_text, files),
@@ -166,7 +204,7 @@ def make_order(
     # An empty list or table was not asked for; a zero was.
     given = {name: value for name, value in fields.items() if value not in (None, [], {})}
     request = parse_request({"source": parse_source(source).model_dump(mode="json"), **given})
-    return Order(request, tuple(files))
+    return Order(request, files)
 
 
 def takes_order(command: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +225,7 @@ def takes_order(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _choose_calibration(text: str | None, prompts: str | None, files: list[Path]) -> dict[str, str] | None:
+def _choose_calibration(text: str | None, prompts: str | None, files: dict[str, Path]) -> dict[str, str] | None:
     if text and prompts:
         raise InvalidRequest("Give either --calibration or --calibration-prompts: a recipe measures on one of them.")
     for kind, option, place in (("text", "--calibration", text), ("prompts", "--calibration-prompts", prompts)):
@@ -197,7 +235,7 @@ def _choose_calibration(text: str | None, prompts: str | None, files: list[Path]
     return None
 
 
-def _name_upload(option: str, place: str | None, files: list[Path]) -> str | None:
+def _name_upload(option: str, place: str | None, files: dict[str, Path]) -> str | None:
     """Return the digest of a file that is to be uploaded, and enter it into `files`; `sha256:DIGEST` names itself."""
     if place is None:
         return None
@@ -205,7 +243,7 @@ def _name_upload(option: str, place: str | None, files: list[Path]) -> str | Non
         return place.removeprefix(_UPLOADED)
     file = Path(place).expanduser()
     digest = hashlib.sha256(_read_text(option, file).encode()).hexdigest()
-    files.append(file)
+    files[digest] = file
     return digest
 
 

@@ -61,7 +61,7 @@ def ask(
     """Ask the data directory if one is named, else the server; where none was named and none answers, the default
     data directory.
     """
-    from service.client import URL_VARIABLE
+    from service.client_http import URL_VARIABLE
 
     if data_dir is not None:
         if url is not None:

@@ -11,6 +11,8 @@ from service.units import format_bytes
 
 _NONE = "-"
 _NUMBERS = ("size", "error/\nrange", "KL", "exact\nmatch", "prefill\ntok/s", "decode\ntok/s")
+_MEASURED_NUMBERS = ("prefill\ntok/s", "decode\ntok/s", "TTFT\nms", "PSS")
+_MEASURED_COLUMNS = ("variant", "format", "device", "on", *_MEASURED_NUMBERS, "verdict")
 _COLUMNS = ("variant", "state", "format", *_NUMBERS)
 
 
@@ -19,6 +21,9 @@ def print_outcome(job: Mapping[str, Any]) -> None:
     rows = [row for variant in job["variants"] for row in _variant_rows(variant)]
     if rows:
         print_table(_COLUMNS, rows, right=_NUMBERS)
+    measured = [row for variant in job["variants"] for row in _measurement_rows(variant)]
+    if measured:
+        print_table(_MEASURED_COLUMNS, measured, right=_MEASURED_NUMBERS)
     for line in (*_shared(job), *_failures(job)):
         say(line)
     say_outcome(job)
@@ -91,10 +96,50 @@ def _accuracy(quality: Mapping[str, Any] | None, kind: str) -> str:
 def _speeds(measurements: list[Mapping[str, Any]], kind: str) -> list[str]:
     found: Mapping[str, Any] = {}
     for measurement in measurements:
-        if measurement.get("format") == kind:
+        if measurement.get("format") == kind and not _is_phone(measurement):
             found = measurement
     names = ("prefill_tokens_per_s", "decode_tokens_per_s")
     return [_number((found.get(name) or {}).get("median"), ",.0f") for name in names]
+
+
+def _is_phone(measurement: Mapping[str, Any]) -> bool:
+    return (measurement.get("device") or {}).get("kind") in ("phone", "virtual")
+
+
+def _measurement_rows(variant: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for every measurement on a phone; those of the host stand beside the artifacts."""
+    return [
+        [
+            variant["name"],
+            measurement["format"],
+            _name_device(measurement["device"]),
+            f"{measurement.get('ran_on') or measurement['backend']} {measurement['threads'] or ''}".strip(),
+            *(_figure(measurement, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            _figure(measurement, "ttft_s", 1000),
+            format_bytes(measurement["peak_pss_bytes"]) if measurement.get("peak_pss_bytes") else _NONE,
+            measurement["verdict"],
+        ]
+        for measurement in variant["measurements"]
+        if _is_phone(measurement)
+    ]
+
+
+def _name_device(device: Mapping[str, Any]) -> str:
+    """What a device is called; one that is no phone is called so."""
+    name = str(device.get("model") or device.get("serial"))
+    return f"{name} (virtual)" if device["kind"] == "virtual" else name
+
+
+def _figure(measurement: Mapping[str, Any], name: str, factor: float = 1) -> str:
+    """Return a median with the bounds that hold it."""
+    found = measurement.get(name)
+    if not found:
+        return _NONE
+    text = f"{found['median'] * factor:,.0f}"
+    if found.get("interval"):
+        low, high = (value * factor for value in found["interval"])
+        text += f" [{low:,.0f}, {high:,.0f}]"
+    return text
 
 
 def _failures(job: Mapping[str, Any]) -> list[str]:

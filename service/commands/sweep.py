@@ -66,7 +66,7 @@ def _trim_cache(settings: Settings, dry_run: bool) -> list[Finding]:
     trimmed = trim_cache(
         settings.cache_dir, max_bytes=settings.max_cache_bytes, keep_s=settings.keep_cache_s, dry_run=dry_run
     )
-    return [Finding("deleted", "download", download.path.name, download.size_bytes, why) for download, why in trimmed]
+    return [Finding("deleted", item.kind, item.path.name, item.size_bytes, why) for item, why in trimmed]
 
 
 def _add_up(findings: list[Finding]) -> dict[str, Any]:

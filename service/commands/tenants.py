@@ -59,6 +59,9 @@ def limit_tenant(
         str | None,
         typer.Option("--stored", metavar="SIZE", help="Most bytes in the store, e.g. 200GB, or `none`."),
     ] = None,
+    schedules: Annotated[
+        str | None, typer.Option("--schedules", metavar="N", help="Most schedules, or `none`.")
+    ] = None,
     data_dir: options.DataDir = None,
 ) -> None:
     """Set a tenant's quotas; those not named stay as they are."""
@@ -68,11 +71,17 @@ def limit_tenant(
         "running_steps": _read_count("--running-steps", running_steps),
         "unfinished_jobs": _read_count("--unfinished-jobs", unfinished_jobs),
         "stored_bytes": None if stored in (None, _NO_LIMIT) else parse_bytes(str(stored)),
+        "schedules": _read_count("--schedules", schedules),
     }
-    given = {"running_steps": running_steps, "unfinished_jobs": unfinished_jobs, "stored_bytes": stored}
+    given = {
+        "running_steps": running_steps,
+        "unfinished_jobs": unfinished_jobs,
+        "stored_bytes": stored,
+        "schedules": schedules,
+    }
     named = {name: limit for name, limit in limits.items() if given[name] is not None}
     if not named:
-        raise InvalidRequest("Name a quota: --running-steps, --unfinished-jobs or --stored.")
+        raise InvalidRequest("Name a quota: --running-steps, --unfinished-jobs, --stored or --schedules.")
     with open_ledger(data_dir) as ledger:
         quotas.set_quotas(ledger, tenant, named)
     say(f"Tenant {tenant}: " + ", ".join(f"{quotas.QUOTAS[name]}: {given[name]}" for name in named) + ".")

@@ -71,10 +71,16 @@ def reprieve_blobs(tx: Transaction, digests: Iterable[str]) -> Reprieves:
 
 
 def commit_uploaded(
-    database: Database, commit: Callable[[Reprieves], T], upload_again: Callable[[Iterable[str]], object]
+    database: Database,
+    commit: Callable[[Reprieves], T],
+    upload_again: Callable[[Iterable[str]], object],
+    taken: Reprieves | None = None,
 ) -> T:
-    """Run a commit of uploaded blobs; upload again what it refuses as condemned. Raises `BlobCondemned` in the end."""
-    reprieves: dict[str, dt.datetime] = {}
+    """Run a commit of uploaded blobs; upload again what it refuses as condemned. Raises `BlobCondemned` in the end.
+
+    `taken`: reprieves from before the upload.
+    """
+    reprieves = dict(taken or {})
     for _ in range(_TRIES - 1):
         try:
             return commit(reprieves)

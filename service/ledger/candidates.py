@@ -14,12 +14,13 @@ from sqlalchemy import Connection, select
 
 from service import gates
 from service.comparison import Candidate
+from service.devices import keep_one_kind
 from service.ledger import views
 from service.ledger.database import reads
 from service.ledger.tables import JobStep, Publication, Step, Variant, VariantStep
 
 #: A measurement's verdict, the worst last.
-_VERDICTS = ("stable", "noisy", "short", "dead")
+_VERDICTS = ("stable", "noisy", "hot", "short", "dead")
 
 
 @reads
@@ -72,7 +73,7 @@ def _make_candidate(variant: Any, kind: str, figures: _Figures, artifact: Mappin
     verified = {of: found for of, found in figures.get("verify", ()) if of in ("tflite", kind)}
     merged = gates.merge_figures(verified.values())
     merged["size_bytes"] = verified.get(kind, {}).get("size_bytes")
-    measured = [found for of, found in figures.get("benchmark", ()) if of == kind]
+    measured = keep_one_kind([found for of, found in figures.get("benchmark", ()) if of == kind])
     if measured:
         merged["benchmark"] = gates.merge_benchmarks(measured)
     return Candidate(

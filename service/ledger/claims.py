@@ -7,24 +7,40 @@ written. What an attempt yields is recorded by `service.ledger.results`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, and_, insert, select, update
 
+from service.devices import PHONE_CLASS
 from service.errors import EdgeKilnError, LeaseLost, Parked, StepLost
 from service.ledger import locks
 from service.ledger.blobs import OutputFile
 from service.ledger.clock import now
-from service.ledger.database import Transaction, reads, writes
-from service.ledger.due import ABILITIES, find_due_steps, is_class_due, is_due, is_running, select_due, take_turn
+from service.ledger.database import Transaction, asks, reads, writes
+from service.ledger.devices import find_steps_for_device
+from service.ledger.due import (
+    find_due_steps,
+    is_class_due,
+    is_due,
+    is_running,
+    is_step_made_by,
+    read_running,
+    select_due,
+    take_turn,
+)
 from service.ledger.events import emit
-from service.ledger.fleet import is_draining, select_claiming_slots
-from service.ledger.moves import close_attempt, live_job_ids, move_step, settle
+from service.ledger.fleet import read_claimants, select_claiming_slots
+from service.ledger.moves import announce, close_attempt, live_job_ids, move_step, recompute_job, settle
 from service.ledger.quotas import require_slot
-from service.ledger.states import AttemptState, StepEvent, StepState
-from service.ledger.tables import Attempt, JobStep, Step, StepInput, StepOutput, Worker
+from service.ledger.replan import plan_anew
+from service.ledger.states import AttemptState, DeviceState, StepEvent, StepState
+from service.ledger.tables import Attempt, Device, Step, StepInput, StepOutput
+
+#: How many times a worker's own lease another's may last, whose settings may differ.
+_FAR = 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,8 @@ class Claim:
     #: The job that owns it, for kinds that are not shared.
     job_id: str | None
     inputs: Mapping[str, ClaimInput]
+    #: The jobs that want it, with the trace contexts of their submissions.
+    traceparents: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @writes
@@ -77,21 +95,24 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
 
     Due is what is queued, and what runs under an expired lease. Whose step is next, `service.ledger.due` says.
     """
-    worker = tx.connection.execute(select(*ABILITIES, Worker.host_id, Worker.slots).where(Worker.id == worker_id)).one()
-    locks.lock_host(tx, worker.host_id)
-    if is_draining(tx.connection, worker_id):
+    locks.lock_host_of(tx, worker_id)
+    worker, others = read_claimants(tx.connection, worker_id)
+    if worker.draining_at is not None:
         return None
-    if not _has_room(tx, worker_id, worker.host_id, resource_class, worker.slots.get(resource_class, 0), policy):
+    running = read_running(tx.connection, worker.host_id)
+    if not _has_room(tx, worker, others, running, resource_class, policy):
         return None
-    due = find_due_steps(tx, resource_class, worker)
+    due = find_due_steps(tx, resource_class, worker, others, running)
     for step_id in due:
-        locks.lock_step_with_jobs(tx, step_id)
-        if _end_hopeless(tx, step_id, policy):
+        held = locks.lock_step_with_jobs(tx, step_id)
+        if _end_hopeless(tx, held, policy) or not held.is_due:
             continue
-        require_slot(tx, step_id)
-        claim = _take(tx, step_id, worker_id, policy.lease_s)
+        if not is_step_made_by(worker, held.row) and plan_anew(tx, held):
+            continue
+        # Locks the tenant: no further candidate is looked at after it.
+        require_slot(tx, held.row.tenant_id)
+        claim = _take(tx, held, worker_id, policy.lease_s)
         if claim is not None:
-            settle(tx, step_id)
             if len(due) > 1:
                 # One wake-up, one step: whoever claims one of several wakes the next.
                 tx.due_classes.add(resource_class)
@@ -100,38 +121,79 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
     return None
 
 
+@writes
+def claim_for_device(tx: Transaction, worker_id: str, device_id: str, policy: LeasePolicy) -> Claim | None:
+    """Claim the next due step that a phone fits, which this worker follows; None when there is none.
+
+    The step's lease is the phone's: while it stands nothing else is claimed for that phone.
+    """
+    locks.lock_device(tx, device_id)
+    worker, _ = read_claimants(tx.connection, worker_id)
+    device = tx.connection.execute(
+        select(Device.__table__).where(
+            Device.id == device_id, Device.worker_id == worker_id, Device.state == DeviceState.READY
+        )
+    ).one_or_none()
+    if device is None or worker.draining_at is not None or not _is_free(tx, device_id, policy):
+        return None
+    for step_id in find_steps_for_device(tx, device):
+        held = locks.lock_step_with_jobs(tx, step_id)
+        if _end_hopeless(tx, held, policy) or not held.is_due:
+            continue
+        # Locks the tenant: no further candidate is looked at after it.
+        require_slot(tx, held.row.tenant_id)
+        claim = _take(tx, held, worker_id, policy.lease_s, device_id)
+        if claim is not None:
+            take_turn(tx, claim.tenant_id, PHONE_CLASS)
+            return claim
+    return None
+
+
+def _is_free(tx: Transaction, device_id: str, policy: LeasePolicy) -> bool:
+    """Whether no step holds a phone. One whose worker vanished lets go: it is ended, or due for any phone."""
+    holder_id = tx.connection.execute(
+        select(Step.id).where(Step.device_id == device_id, is_running())
+    ).scalar_one_or_none()
+    if holder_id is None:
+        return True
+    held = locks.lock_step_with_jobs(tx, holder_id)
+    if not held.row.is_expired:
+        return False
+    if not _end_hopeless(tx, held, policy):
+        # Nothing was measured yet. It gives the phone back, and keeps its place among what is due.
+        is_it = Step.id == holder_id, Step.token == held.row.token
+        tx.connection.execute(update(Step).where(*is_it).values(device_id=None))
+    return True
+
+
 def _has_room(
-    tx: Transaction, worker_id: str, host_id: str, resource_class: str, slots: int, policy: LeasePolicy
+    tx: Transaction,
+    worker: Any,
+    others: Iterable[Any],
+    running: Sequence[Any],
+    resource_class: str,
+    policy: LeasePolicy,
 ) -> bool:
     """Whether a step of this class may start here: slots of the worker, and a benchmark has the host to itself."""
-    running = tx.connection.execute(
-        select(Step.resource_class, Step.worker_id, func.count())
-        .join(Worker, Worker.id == Step.worker_id)
-        .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == host_id)
-        .group_by(Step.resource_class, Step.worker_id)
-    ).all()
-    mine = sum(count for name, owner, count in running if name == resource_class and owner == worker_id)
-    if mine >= slots:
+    mine = sum(row.number for row in running if row.resource_class == resource_class and row.worker_id == worker.id)
+    if mine >= worker.slots.get(resource_class, 0):
         return False
     if resource_class == "device":
         return not running
-    if any(name == "device" for name, _, _ in running):
+    if any(row.resource_class == "device" for row in running):
         return False
     # A benchmark that has waited long enough holds other work back where it can run, until that host is idle.
-    if not any(slots.get("device", 0) > 0 for slots in select_claiming_slots(tx.connection, host_id)):
+    neighbours = [other for other in others if other.host_id == worker.host_id and other.is_claiming]
+    if not any(other.slots.get("device", 0) > 0 for other in neighbours):
         return True
     impatient = select_due("device", Step.queued_at < now(-policy.benchmark_patience_s))
     return tx.connection.execute(impatient.limit(1)).first() is None
 
 
-def _end_hopeless(tx: Transaction, step_id: str, policy: LeasePolicy) -> bool:
+def _end_hopeless(tx: Transaction, held: locks.HeldStep, policy: LeasePolicy) -> bool:
     """End a step whose holder vanished and which must not be taken over; return whether it was ended."""
-    row = tx.connection.execute(
-        select(Step.kind, Step.token, Step.pinned_at, Step.loss_count).where(
-            Step.id == step_id, Step.state == StepState.RUNNING, Step.lease_expires_at <= now()
-        )
-    ).one_or_none()
-    if row is None:
+    row = held.row
+    if not row.is_expired:
         return False
     error: EdgeKilnError
     if row.pinned_at is not None:
@@ -143,53 +205,56 @@ def _end_hopeless(tx: Transaction, step_id: str, policy: LeasePolicy) -> bool:
         )
     else:
         return False
-    close_attempt(tx, step_id, row.token, AttemptState.LOST, error=error.to_json())
-    move_step(tx, step_id, StepEvent.FAIL, token=row.token, error=error.to_json())
-    settle(tx, step_id)
+    close_attempt(tx, row.id, row.token, AttemptState.LOST, error=error.to_json())
+    move_step(tx, row.id, StepEvent.FAIL, token=row.token, error=error.to_json())
+    settle(tx, row.id)
     return True
 
 
-def _take(tx: Transaction, step_id: str, worker_id: str, lease_s: float) -> Claim | None:
-    before = tx.connection.execute(select(Step.state, Step.token).where(Step.id == step_id)).one()
-    was_running = before.state == StepState.RUNNING
+def _take(
+    tx: Transaction, held: locks.HeldStep, worker_id: str, lease_s: float, device_id: str | None = None
+) -> Claim | None:
+    step = held.row
     if not move_step(
         tx,
-        step_id,
+        step.id,
         StepEvent.CLAIM,
         only_if=is_due(),
-        token=before.token,
+        token=step.token,
+        next_token=step.token + 1,
         worker_id=worker_id,
+        device_id=device_id,
         lease_expires_at=now(lease_s),
         run_after=None,
         pinned_at=None,
         progress=None,
-        **({"loss_count": Step.loss_count + 1} if was_running else {}),
+        **({"loss_count": Step.loss_count + 1} if step.is_expired else {}),
     ):
         return None
-    if was_running:
+    if step.is_expired:
         lost = StepLost("The lease ran out: the worker died or could not reach the ledger.").to_json()
-        close_attempt(tx, step_id, before.token, AttemptState.LOST, error=lost)
-    tx.connection.execute(update(Step).where(Step.id == step_id).values(token=before.token + 1))
+        close_attempt(tx, step.id, step.token, AttemptState.LOST, error=lost)
     tx.connection.execute(
         insert(Attempt).values(
-            step_id=step_id,
-            token=before.token + 1,
+            step_id=step.id,
+            token=step.token + 1,
             worker_id=worker_id,
             state=AttemptState.RUNNING,
             started_at=now(),
         )
     )
-    return _read_claim(tx.connection, step_id, worker_id)
+    announce(tx, held.live_job_ids, step.id, step.kind, StepState.RUNNING, step.error)
+    for job_id in held.live_job_ids:
+        recompute_job(tx, job_id)
+    return _describe_claim(tx.connection, held, worker_id)
 
 
-def _read_claim(connection: Connection, step_id: str, worker_id: str) -> Claim:
-    step = connection.execute(select(Step.__table__).where(Step.id == step_id)).one()
-    job_id = None
-    if not step.shared:
-        job_id = connection.execute(select(JobStep.job_id).where(JobStep.step_id == step_id)).scalar_one()
+def _describe_claim(connection: Connection, held: locks.HeldStep, worker_id: str) -> Claim:
+    """Return the hold on a step that was just taken, from its row as it was before."""
+    step = held.row
     return Claim(
         step_id=step.id,
-        token=step.token,
+        token=step.token + 1,
         worker_id=worker_id,
         tenant_id=step.tenant_id,
         kind=step.kind,
@@ -199,27 +264,31 @@ def _read_claim(connection: Connection, step_id: str, worker_id: str) -> Claim:
         predicted_peak_anon_bytes=step.predicted_peak_anon_bytes,
         toolchain_id=step.toolchain_id,
         revision=step.revision,
-        job_id=job_id,
-        inputs=_read_inputs(connection, step_id),
+        job_id=None if step.shared else step.job_id,
+        inputs=_read_inputs(connection, step.id),
+        traceparents=held.traceparents,
     )
 
 
 def _read_inputs(connection: Connection, step_id: str) -> dict[str, ClaimInput]:
-    inputs = {}
-    for row in connection.execute(
+    rows = connection.execute(
         select(StepInput.name, Step.id, Step.kind, Step.key, Step.params, Step.figures)
         .join(Step, Step.id == StepInput.input_id)
         .where(StepInput.step_id == step_id)
         .order_by(StepInput.name)
-    ).all():
-        outputs = connection.execute(
-            select(StepOutput.name, StepOutput.digest, StepOutput.size_bytes)
-            .where(StepOutput.step_id == row.id)
-            .order_by(StepOutput.name)
-        )
-        files = tuple(OutputFile(*output) for output in outputs)
-        inputs[row.name] = ClaimInput(row.id, row.kind, row.key, row.params, row.figures or {}, files)
-    return inputs
+    ).all()
+    outputs: dict[str, list[OutputFile]] = defaultdict(list)
+    if rows:
+        for row in connection.execute(
+            select(StepOutput.step_id, StepOutput.name, StepOutput.digest, StepOutput.size_bytes)
+            .where(StepOutput.step_id.in_({row.id for row in rows}))
+            .order_by(StepOutput.step_id, StepOutput.name)
+        ):
+            outputs[row.step_id].append(OutputFile(row.name, row.digest, row.size_bytes))
+    return {
+        row.name: ClaimInput(row.id, row.kind, row.key, row.params, row.figures or {}, tuple(outputs[row.id]))
+        for row in rows
+    }
 
 
 @writes
@@ -228,7 +297,7 @@ def extend_lease(tx: Transaction, claim: Claim, lease_s: float) -> None:
     _fenced(tx, claim, lease_expires_at=now(lease_s))
 
 
-@reads
+@asks
 def is_held(connection: Connection, claim: Claim) -> bool:
     """Whether the claim still stands; False as soon as the step was cancelled or taken over."""
     return (
@@ -277,9 +346,8 @@ def release_step(tx: Transaction, claim: Claim) -> None:
 
     A measurement that had begun is not repeated by itself: it ends as lost.
     """
-    locks.lock_step_with_jobs(tx, claim.step_id)
-    pinned_at = tx.connection.execute(select(Step.pinned_at).where(Step.id == claim.step_id)).scalar_one()
-    if pinned_at is not None:
+    held = locks.lock_step_with_jobs(tx, claim.step_id)
+    if held.row.pinned_at is not None:
         error = _lost_measurement(claim.kind).to_json()
         if move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, error=error):
             close_attempt(tx, claim.step_id, claim.token, AttemptState.LOST, error=error)
@@ -304,10 +372,22 @@ def due_classes(connection: Connection) -> list[str]:
 
 
 @writes
+def shorten_leases(tx: Transaction, policy: LeasePolicy) -> None:
+    """Let no lease end much later than leases do.
+
+    One does when the database's clock has gone back; what a dead worker held would wait until the clock is there again.
+    Who holds a step extends its lease as always.
+    """
+    too_late = now(_FAR * policy.lease_s)
+    tx.connection.execute(
+        update(Step).where(is_running(), Step.lease_expires_at > too_late).values(lease_expires_at=now(policy.lease_s))
+    )
+
+
+@writes
 def end_hopeless_steps(tx: Transaction, policy: LeasePolicy) -> None:
     """End the steps whose workers vanished and that nobody may take over."""
     statement = select(Step.id).where(is_running(), Step.lease_expires_at <= now())
     # Sorted here: asked for this order, SQLite reads every step there is by its primary key.
     for step_id in sorted(tx.connection.execute(statement).scalars()):
-        locks.lock_step_with_jobs(tx, step_id)
-        _end_hopeless(tx, step_id, policy)
+        _end_hopeless(tx, locks.lock_step_with_jobs(tx, step_id), policy)

@@ -39,6 +39,9 @@ def write_rows(connection: Connection, stream: TextIO) -> tuple[str, dict[str, i
 
     A line is a table's head (`table`, `columns`) or a row of the table whose head came last.
     """
+    # Where the transaction is repeated, what the first try has written does not count.
+    stream.seek(0)
+    stream.truncate()
     counts = {}
     for each in Base.metadata.sorted_tables:
         columns = {column.name: _kind(column) for column in each.columns}

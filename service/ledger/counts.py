@@ -1,20 +1,26 @@
-"""How much there is of what, over all tenants: what an operator watches. Reads only; called by `service.metrics`."""
+"""How much there is of what, over all tenants: what an operator watches. Reads only; called by `service.metrics`.
+
+What is unfinished is counted at each call, from indexes that hold nothing else. Totals of all that ever was are sums
+over whole tables: they are a document of their own, which the caller keeps for a while.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, literal_column, select
 
 from service.ledger.clock import now
 from service.ledger.database import reads
 from service.ledger.fleet import is_live
-from service.ledger.states import JobState, StepState
+from service.ledger.states import StepState
 from service.ledger.tables import Blob, Job, JobStep, Step, Worker
 
-_UNFINISHED_STEPS = (StepState.WAITING, StepState.QUEUED, StepState.RUNNING)
-_UNFINISHED_JOBS = (JobState.QUEUED, JobState.RUNNING)
+# Written into the statements, as in the indexes' own conditions.
+_WAITING: ColumnElement[str] = literal_column(f"'{StepState.WAITING}'")
+_QUEUED: ColumnElement[str] = literal_column(f"'{StepState.QUEUED}'")
+_RUNNING: ColumnElement[str] = literal_column(f"'{StepState.RUNNING}'")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,12 @@ class Counts:
     jobs: Mapping[str, int]
     #: Workers heard of lately.
     workers: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the ledger has come to hold."""
+
     #: Steps that jobs joined instead of making their own.
     reused: int
     blobs: int
@@ -37,33 +49,36 @@ class Counts:
 
 @reads
 def read_counts(connection: Connection) -> Counts:
-    """Count everything at once."""
-    steps = connection.execute(
-        select(Step.resource_class, Step.state, func.count())
-        .where(Step.state.in_(_UNFINISHED_STEPS))
+    """Count what is unfinished."""
+    due = connection.execute(
+        select(Step.resource_class, Step.state, func.count(), func.min(Step.queued_at), now())
+        .where(Step.state.in_([_QUEUED, _RUNNING]))
         .group_by(Step.resource_class, Step.state)
-    )
-    read_at = connection.execute(select(now())).scalar_one()
-    oldest = connection.execute(
-        select(Step.resource_class, func.min(Step.queued_at))
-        .where(Step.state == StepState.QUEUED)
-        .group_by(Step.resource_class)
     ).all()
-    jobs = connection.execute(
-        select(Job.state, func.count()).where(Job.state.in_(_UNFINISHED_JOBS)).group_by(Job.state)
+    waiting = connection.execute(
+        select(Step.resource_class, func.count()).where(Step.state == _WAITING).group_by(Step.resource_class)
     )
+    jobs = connection.execute(select(Job.state, func.count()).where(Job.finalized_at.is_(None)).group_by(Job.state))
     workers = select(func.count()).select_from(Worker).where(is_live())
-    reused = select(func.count()).select_from(JobStep).where(JobStep.reused)
-    blobs = select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0)).where(Blob.swept_at.is_(None))
-    number, size_bytes = connection.execute(blobs).one()
     return Counts(
-        steps={(resource_class, str(state)): count for resource_class, state, count in steps},
+        steps={
+            **{(resource_class, str(state)): count for resource_class, state, count, *_ in due},
+            **{(resource_class, str(StepState.WAITING)): count for resource_class, count in waiting},
+        },
         oldest_queued_s={
-            each: max(0.0, (read_at - queued_at).total_seconds()) for each, queued_at in oldest if queued_at is not None
+            resource_class: max(0.0, (read_at - oldest).total_seconds())
+            for resource_class, state, _, oldest, read_at in due
+            if state == StepState.QUEUED and oldest is not None
         },
         jobs={str(state): count for state, count in jobs},
         workers=connection.execute(workers).scalar_one(),
-        reused=connection.execute(reused).scalar_one(),
-        blobs=number,
-        blob_bytes=int(size_bytes),
     )
+
+
+@reads
+def read_totals(connection: Connection) -> Totals:
+    """Add up what there is; takes longer the more there is."""
+    reused = select(func.count()).select_from(JobStep).where(JobStep.reused)
+    blobs = select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0)).where(Blob.swept_at.is_(None))
+    number, size_bytes = connection.execute(blobs).one()
+    return Totals(connection.execute(reused).scalar_one(), number, int(size_bytes))

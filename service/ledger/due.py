@@ -8,21 +8,19 @@ nothing but turns; `service.ledger.claims` claims.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal_column, or_, select, true
 
 from service.ledger.clock import now
 from service.ledger.database import Transaction
-from service.ledger.fleet import WORKER_SILENCE_S
 from service.ledger.states import StepState
-from service.ledger.tables import Host, Step, Tenant, Turn, Worker
+from service.ledger.tables import Step, Tenant, Turn, Worker
 
 #: How many due steps a claim looks at before it gives up to rivals.
 _CANDIDATES = 8
-#: What decides which steps a worker can run.
-ABILITIES = (Worker.toolchain_id, Worker.toolchain, Worker.memory_limit_bytes)
+_ENOUGH = 2
 #: Share of a host's memory that its running steps may be predicted to use together; the rest is the system's.
 _USABLE_MEMORY = 0.9
 
@@ -61,22 +59,40 @@ def is_class_due(connection: Connection, resource_class: str) -> bool:
     return connection.execute(select_due(resource_class).limit(1)).first() is not None
 
 
-def find_due_steps(tx: Transaction, resource_class: str, worker: Any) -> list[str]:
+def read_running(connection: Connection, host_id: str) -> Sequence[Any]:
+    """Return what runs on a host: `resource_class`, `worker_id`, how many, and what they are predicted to use."""
+    return connection.execute(
+        select(
+            Step.resource_class,
+            Step.worker_id,
+            func.count().label("number"),
+            func.sum(Step.predicted_peak_anon_bytes).label("predicted_bytes"),
+        )
+        .join(Worker, Worker.id == Step.worker_id)
+        .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == host_id)
+        .group_by(Step.resource_class, Step.worker_id)
+    ).all()
+
+
+def find_due_steps(
+    tx: Transaction, resource_class: str, worker: Any, others: Iterable[Any], running: Sequence[Any]
+) -> list[str]:
     """Return the next due steps that this worker can run now, or that no live worker ever can.
 
-    The latter are claimed to be failed with a sentence: nobody will ever come for them. A worker that has just ended
-    counts for as long as one that has fallen silent: it may be coming back, with what was given back for it.
+    The latter are claimed to be planned anew, or to be failed with a sentence: nobody will ever come for them. A worker
+    that has just ended counts for as long as one that has fallen silent: it may be coming back, with what was given
+    back for it. `others` and `running` are what `fleet.read_claimants` and `read_running` have found.
     """
     mine = and_(_is_made_by(worker), _fits(worker.memory_limit_bytes))
-    heard_of = select(*ABILITIES, Worker.slots).where(Worker.heartbeat_at > now(-WORKER_SILENCE_S))
-    others = [each for each in tx.connection.execute(heard_of) if each.slots.get(resource_class, 0) > 0]
-    is_orphan = ~or_(mine, *(and_(_is_made_by(other), _fits(other.memory_limit_bytes)) for other in others))
-    mine_now = and_(mine, _fits(_find_free_memory(tx, worker.host_id)))
+    able = [each for each in others if each.slots.get(resource_class, 0) > 0]
+    is_orphan = ~or_(mine, *(and_(_is_made_by(other), _fits(other.memory_limit_bytes)) for other in able))
+    mine_now = and_(mine, _fits(_find_free_memory(worker, running)))
     found: list[str] = []
     for tenant_id in find_tenants_in_turn(tx, resource_class):
         next_steps = select_due(resource_class, Step.tenant_id == tenant_id, or_(mine_now, is_orphan))
         found += tx.connection.execute(next_steps.limit(_CANDIDATES - len(found))).scalars()
-        if len(found) == _CANDIDATES:
+        # Two are enough to know that there is more than one to wake somebody for; rivals rarely take more.
+        if len(found) >= _ENOUGH:
             break
     return found
 
@@ -122,20 +138,13 @@ def _fits(memory_bytes: int | None) -> Any:
     return or_(Step.predicted_peak_anon_bytes.is_(None), Step.predicted_peak_anon_bytes <= memory_bytes)
 
 
-def _find_free_memory(tx: Transaction, host_id: str) -> int | None:
+def _find_free_memory(worker: Any, running: Sequence[Any]) -> int | None:
     """Return what the predictions of the host's running steps leave of its memory; None while there are none.
 
     A step alone is bounded by its worker's limit, and two that each fit need not fit together.
     """
-    running = tx.connection.execute(
-        select(func.sum(Step.predicted_peak_anon_bytes))
-        .join(Worker, Worker.id == Step.worker_id)
-        .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == host_id)
-    ).scalar_one()
-    if running is None:
-        return None
-    total = tx.connection.execute(select(Host.memory_bytes).where(Host.id == host_id)).scalar_one()
-    return int(total * _USABLE_MEMORY) - int(running)
+    predicted = [row.predicted_bytes for row in running if row.predicted_bytes is not None]
+    return int(worker.host_memory_bytes * _USABLE_MEMORY) - int(sum(predicted)) if predicted else None
 
 
 def _is_made_by(worker: Any) -> Any:
@@ -148,3 +157,9 @@ def _is_made_by(worker: Any) -> Any:
             or_(*(and_(Step.kind == kind, Step.revision == revision) for kind, revision in revisions)),
         ),
     )
+
+
+def is_step_made_by(worker: Any, step: Any) -> bool:
+    """The same of a row."""
+    tools = (step.toolchain_id, step.revision)
+    return bool(step.revision == "" or tools == (worker.toolchain_id, worker.toolchain["revisions"].get(step.kind)))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select, update
 
 from service.errors import NotFound
 from service.ledger import locks
 from service.ledger.clock import now
-from service.ledger.database import Transaction, reads, writes
+from service.ledger.database import Transaction, asks, reads, writes
 from service.ledger.keys import Toolchain, new_id
 from service.ledger.tables import Host, Worker
 
@@ -22,9 +22,14 @@ from service.ledger.tables import Host, Worker
 WORKER_SILENCE_S = 60.0
 
 
+def was_heard_of() -> ColumnElement[bool]:
+    """Whether a worker was heard of lately; it may have ended since."""
+    return Worker.heartbeat_at > now(-WORKER_SILENCE_S)
+
+
 def is_live() -> ColumnElement[bool]:
     """Whether a worker is counted on: heard of lately, and not ended in good order."""
-    return and_(Worker.heartbeat_at > now(-WORKER_SILENCE_S), Worker.ended_at.is_(None))
+    return and_(was_heard_of(), Worker.ended_at.is_(None))
 
 
 @writes
@@ -109,21 +114,37 @@ def _lock_host(tx: Transaction, worker_id: str) -> list[str]:
     return [name for name, count in row.slots.items() if count > 0]
 
 
-def is_draining(connection: Connection, worker_id: str) -> bool:
-    """Whether a worker must not claim."""
-    draining = select(Worker.id).where(Worker.id == worker_id, Worker.draining_at.is_not(None))
-    return connection.execute(draining).first() is not None
+def read_claimants(connection: Connection, worker_id: str) -> tuple[Any, list[Any]]:
+    """Return a worker with its host's memory, and all that were heard of lately, for a claim in the same transaction.
+
+    Each row says by `is_claiming` whether the worker is live and not being drained.
+    """
+    rows = connection.execute(
+        select(
+            Worker.id,
+            Worker.host_id,
+            Worker.slots,
+            Worker.toolchain_id,
+            Worker.toolchain,
+            Worker.memory_limit_bytes,
+            Worker.draining_at,
+            and_(is_live(), Worker.draining_at.is_(None)).label("is_claiming"),
+            was_heard_of().label("was_heard_of"),
+            Host.memory_bytes.label("host_memory_bytes"),
+        )
+        .join(Host, Host.id == Worker.host_id)
+        .where(or_(was_heard_of(), Worker.id == worker_id))
+    ).all()
+    (mine,) = [row for row in rows if row.id == worker_id]
+    return mine, [row for row in rows if row.was_heard_of]
 
 
-def select_claiming_slots(connection: Connection, host_id: str | None = None) -> list[dict[str, int]]:
-    """Return the slots of the live workers that claim, of one host or of all, in a transaction of the caller's."""
-    statement = select(Worker.slots).where(is_live(), Worker.draining_at.is_(None))
-    if host_id is not None:
-        statement = statement.where(Worker.host_id == host_id)
-    return list(connection.execute(statement).scalars())
+def select_claiming_slots(connection: Connection) -> list[dict[str, int]]:
+    """Return the slots of the live workers that claim, in a transaction of the caller's."""
+    return list(connection.execute(select(Worker.slots).where(is_live(), Worker.draining_at.is_(None))).scalars())
 
 
-@reads
+@asks
 def is_heard(connection: Connection, worker_id: str, within_s: float) -> bool:
     """Whether a worker has said lately that it lives."""
     heard = select(Worker.id).where(Worker.id == worker_id, Worker.heartbeat_at > now(-within_s))

@@ -5,11 +5,14 @@ Called inside the transactions of `service.ledger.jobs` and `service.ledger.clai
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, insert, select, text, update
 
+from service.devices import PHONE_CLASS
 from service.errors import MemoryInsufficient
 from service.ledger import locks
 from service.ledger.clock import now
@@ -25,6 +28,15 @@ from service.ledger.tables import Job, JobStep, Step, StepInput, Variant, Varian
 NO_TOOLCHAIN = Toolchain(versions={}, revisions={})
 
 
+@dataclass(frozen=True)
+class ReusedStep:
+    """A step that a plan found done or under way."""
+
+    id: str
+    kind: str
+    key: str
+
+
 def add_steps(
     tx: Transaction,
     job_id: str,
@@ -32,8 +44,8 @@ def add_steps(
     toolchain: Toolchain,
     known_steps: dict[str, str],
     checkpoint_digest: str | None,
-) -> None:
-    """Link a job to every step of `specs`, joining shared ones by key and making the rest.
+) -> list[ReusedStep]:
+    """Link a job to every step of `specs`, joining shared ones by key and making the rest; return those joined.
 
     `known_steps` maps names of specs that already have rows to their step ids, and grows. Raises `MemoryInsufficient`
     when no live worker may use as much memory as a step to be made is predicted to need.
@@ -43,6 +55,7 @@ def add_steps(
     position = tx.connection.execute(
         select(func.coalesce(func.max(JobStep.position), -1)).where(JobStep.job_id == job_id)
     ).scalar_one()
+    reused = []
     for spec in specs:
         position += 1
         input_ids = {name: known_steps[supplier] for name, supplier in spec.inputs.items()}
@@ -52,19 +65,22 @@ def add_steps(
             _require_memory(tx, spec)
         _link(tx, job_id, step_id, position, was_there)
         _serve(tx, step_id, [variant_ids[name] for name in spec.variants])
-        kind_and_state = tx.connection.execute(select(Step.kind, Step.state).where(Step.id == step_id)).one()
+        row = tx.connection.execute(select(Step.key, Step.state).where(Step.id == step_id)).one()
+        if was_there:
+            reused.append(ReusedStep(step_id, spec.kind, row.key))
         emit(
             tx,
             [job_id],
             "step",
             {
                 "step_id": step_id,
-                "kind": kind_and_state.kind,
-                "state": kind_and_state.state,
+                "kind": spec.kind,
+                "state": row.state,
                 "reused": was_there,
                 "error": None,
             },
         )
+    return reused
 
 
 def _require_memory(tx: Transaction, spec: StepSpec) -> None:
@@ -111,31 +127,15 @@ def _ensure_step(
     }
     # The checkpoint stands in the key by content, so that the same files from another source are the same work.
     input_keys = {name: inputs[step_id].key for name, step_id in input_ids.items() if inputs[step_id].kind != "fetch"}
+    if spec.resource_class == PHONE_CLASS:
+        # What measures lies on the phone: any device worker may take it, whatever its own packages are.
+        toolchain = NO_TOOLCHAIN
     revision = toolchain.revisions.get(spec.kind, "")
     key = step_key(spec.kind, spec.params, checkpoint_digest, input_keys, toolchain.id, revision)
     if not spec.shared and (own := _find_own_step(tx, job_id, key)) is not None:
         return own, True
     is_due = all(row.state == StepState.SUCCEEDED for row in inputs.values())
-    values = {
-        "id": new_id("step"),
-        "tenant_id": job.tenant_id,
-        "kind": spec.kind,
-        "key": key,
-        "shared": spec.shared,
-        "params": dict(spec.params),
-        "resource_class": spec.resource_class,
-        "predicted_peak_anon_bytes": spec.predicted_peak_anon_bytes,
-        "state": StepState.QUEUED if is_due else StepState.WAITING,
-        "priority": job.priority,
-        "rank": _rank_step(spec.kind, job.priority),
-        "token": 0,
-        "failure_count": 0,
-        "loss_count": 0,
-        "toolchain_id": toolchain.id,
-        "revision": revision,
-        "created_at": now(),
-        "queued_at": now() if is_due else None,
-    }
+    values = _describe_step(job.tenant_id, job.priority, spec, key, toolchain, is_due=is_due, at=now())
     if not _insert_step(tx, values, spec.shared):
         return _join_step(tx, job, key), True
     for name, input_id in input_ids.items():
@@ -143,6 +143,38 @@ def _ensure_step(
     if is_due:
         tx.due_classes.add(spec.resource_class)
     return str(values["id"]), False
+
+
+def _describe_step(
+    tenant_id: str, priority: int, spec: StepSpec, key: str, toolchain: Toolchain, *, is_due: bool, at: Any
+) -> dict[str, Any]:
+    """Return the columns of a new step; `at` is the database's time, or what stands for it."""
+    return {
+        "id": new_id("step"),
+        "tenant_id": tenant_id,
+        "kind": spec.kind,
+        "key": key,
+        "shared": spec.shared,
+        "params": dict(spec.params),
+        "resource_class": spec.resource_class,
+        "predicted_peak_anon_bytes": spec.predicted_peak_anon_bytes,
+        "state": StepState.QUEUED if is_due else StepState.WAITING,
+        "priority": priority,
+        "rank": _rank_step(spec.kind, priority),
+        "token": 0,
+        "failure_count": 0,
+        "loss_count": 0,
+        "toolchain_id": toolchain.id,
+        "revision": toolchain.revisions.get(spec.kind, ""),
+        "created_at": at,
+        "queued_at": at if is_due else None,
+    }
+
+
+def describe_first_step(tenant_id: str, priority: int, spec: StepSpec, at: dt.datetime) -> dict[str, Any]:
+    """Return the columns of a new job's first step, which needs nothing and is nobody else's."""
+    key = step_key(spec.kind, spec.params, None, {}, NO_TOOLCHAIN.id, "")
+    return _describe_step(tenant_id, priority, spec, key, NO_TOOLCHAIN, is_due=True, at=at)
 
 
 def _find_own_step(tx: Transaction, job_id: str, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Removes what the ledger need not remember. Called by the beat's task, from any worker."""
+"""Removes what the ledger need not remember, and says whose turn that is. Called by every worker's housekeeper."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
 from service.ledger.jobs import IDEMPOTENCY_S
 from service.ledger.states import FINAL_JOB_STATES
-from service.ledger.tables import Event, IdempotencyKey, Job
+from service.ledger.tables import Chore, Event, IdempotencyKey, Job
 
 #: Progress of jobs that ended this long ago is of no use to anyone.
 _PROGRESS_KEPT_S = 7 * 24 * 3600.0
+
+
+@writes
+def take_chore(tx: Transaction, name: str, every_s: float) -> bool:
+    """Return whether the caller is to do a chore now: nobody began it within `every_s`, and nobody else is told so."""
+    begun = (
+        tx.insert(Chore)
+        .values(name=name, begun_at=now())
+        .on_conflict_do_update(index_elements=["name"], set_={"begun_at": now()}, where=Chore.begun_at < now(-every_s))
+        .returning(Chore.name)
+    )
+    return tx.connection.execute(begun).first() is not None
 
 
 @writes

@@ -8,18 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, select, update
 
 from service.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
-from service.ledger import locks
+from service.ledger import locks, views
+from service.ledger.bulk import insert_together
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
 from service.ledger.events import emit
-from service.ledger.graph import NO_TOOLCHAIN, add_steps
+from service.ledger.graph import describe_first_step
 from service.ledger.keys import digest_json, new_id
 from service.ledger.moves import drop_unwanted_steps, recompute_job
-from service.ledger.plan import expand_submitted, plan_spec
+from service.ledger.plan import expand_submitted
 from service.ledger.quotas import require_room_for_job
+from service.ledger.replan import begin_again, supersede_unfinished
 from service.ledger.states import FINAL_JOB_STATES, JobState, StepState, VariantState
 from service.ledger.tables import (
     Event,
@@ -47,11 +49,19 @@ class Submission:
     job_id: str
     #: False when the same `Idempotency-Key` had already made the job.
     is_new: bool
+    #: The job as its readers see it, if it is new.
+    document: dict[str, Any] | None = None
 
 
 @writes
 def submit_job(
-    tx: Transaction, tenant_id: str, request: JobRequest, *, max_variants: int, idempotency_key: str | None = None
+    tx: Transaction,
+    tenant_id: str,
+    request: JobRequest,
+    *,
+    max_variants: int,
+    idempotency_key: str | None = None,
+    traceparent: str | None = None,
 ) -> Submission:
     """Store a job with its variants and first step; the caller has checked the source's folder.
 
@@ -65,45 +75,76 @@ def submit_job(
         earlier = _claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
         if earlier is not None:
             return Submission(earlier, is_new=False)
-    return Submission(add_job(tx, tenant_id, request, max_variants=max_variants, job_id=job_id), is_new=True)
+    document = add_job(tx, tenant_id, request, max_variants=max_variants, job_id=job_id, traceparent=traceparent)
+    return Submission(job_id, is_new=True, document=document)
 
 
 def add_job(
-    tx: Transaction, tenant_id: str, request: JobRequest, *, max_variants: int, job_id: str | None = None
-) -> str:
-    """Do the same in a transaction of the caller's, and return the job's id; `service.ledger.schedules` does."""
+    tx: Transaction,
+    tenant_id: str,
+    request: JobRequest,
+    *,
+    max_variants: int,
+    job_id: str | None = None,
+    traceparent: str | None = None,
+) -> dict[str, Any]:
+    """Do the same in a transaction of the caller's, and return the job whole; `service.ledger.schedules` does."""
     require_few_variants(request, max_variants)
-    require_room_for_job(tx, tenant_id)
+    at = require_room_for_job(tx, tenant_id)
     job_id = job_id or new_id("job")
-    tx.connection.execute(
-        insert(Job).values(
-            id=job_id,
-            tenant_id=tenant_id,
-            request=request.to_json(),
-            state=JobState.QUEUED,
-            priority=request.priority,
-            event_count=0,
-            created_at=now(),
-        )
+    owner = {"tenant_id": tenant_id, "job_id": job_id}
+    (spec,) = expand_submitted(request)
+    step = describe_first_step(tenant_id, request.priority, spec, at)
+    events = [
+        ("job", {"state": JobState.QUEUED}),
+        (
+            "step",
+            {"step_id": step["id"], "kind": spec.kind, "state": step["state"], "reused": False, "error": None},
+        ),
+    ]
+    job = {
+        "id": job_id,
+        "tenant_id": tenant_id,
+        "request": request.to_json(),
+        "state": JobState.QUEUED,
+        "priority": request.priority,
+        "traceparent": traceparent,
+        "event_count": len(events),
+        "created_at": at,
+    }
+    variants = [
+        {
+            "id": new_id("var"),
+            **owner,
+            "position": position,
+            "name": name,
+            "engine": engine,
+            "recipe": recipe,
+            "state": VariantState.PENDING,
+            "created_at": at,
+        }
+        for position, (name, (engine, recipe)) in enumerate(request.variant_names.items())
+    ]
+    insert_together(
+        tx,
+        (Job, [job]),
+        (Variant, variants),
+        (Step, [step]),
+        (
+            JobStep,
+            [{"job_id": job_id, "step_id": step["id"], "position": 0, "reused": False, "superseded": False}],
+        ),
+        (
+            Event,
+            [
+                {**owner, "number": number, "kind": kind, "data": data, "created_at": at}
+                for number, (kind, data) in enumerate(events, start=1)
+            ],
+        ),
     )
-    for position, (name, (engine, recipe)) in enumerate(request.variant_names.items()):
-        tx.connection.execute(
-            insert(Variant).values(
-                id=new_id("var"),
-                tenant_id=tenant_id,
-                job_id=job_id,
-                position=position,
-                name=name,
-                engine=engine,
-                recipe=recipe,
-                state=VariantState.PENDING,
-                created_at=now(),
-            )
-        )
-    hold_uploads(tx, tenant_id, request.uploads.values(), JobUpload, job_id=job_id)
-    emit(tx, [job_id], "job", {"state": JobState.QUEUED})
-    add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
-    return job_id
+    hold_uploads(tx, tenant_id, request.held_uploads, JobUpload, job_id=job_id)
+    tx.due_classes.add(spec.resource_class)
+    return views.describe_new_job(job, variants, step)
 
 
 def require_few_variants(request: JobRequest, max_variants: int) -> None:
@@ -187,15 +228,10 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
         .where(Variant.job_id == job_id, Variant.state != VariantState.SUCCEEDED)
         .values(state=VariantState.PENDING, error=None, finalized_at=None)
     )
-    steps = _supersede_failed_steps(tx, job_id)
+    steps = supersede_unfinished(tx, job_id)
     tx.connection.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED, finalized_at=None))
     emit(tx, [job_id], "job", {"state": JobState.QUEUED})
-    fetch = _usable_fetch(tx, job_id)
-    if steps.get("plan") == StepState.SUCCEEDED and fetch is not None:
-        digest = fetch.figures["checkpoint_digest"]
-        add_steps(tx, job_id, [plan_spec(request)], NO_TOOLCHAIN, {"fetch": fetch.id}, digest)
-    else:
-        add_steps(tx, job_id, expand_submitted(request), NO_TOOLCHAIN, {}, None)
+    begin_again(tx, job_id, request, keeps_checkpoint=steps.get("plan") == StepState.SUCCEEDED)
     recompute_job(tx, job_id)
 
 
@@ -220,46 +256,11 @@ def remove_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
 
 
 def _lock_job(tx: Transaction, tenant_id: str, job_id: str) -> Any:
-    locks.lock_jobs(tx, [job_id])
-    row = tx.connection.execute(
-        select(Job.state, Job.request).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    ).one_or_none()
+    is_it = select(Job.state, Job.request).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    # Another tenant's is not even locked: whoever asked would wait for its work.
+    if tx.connection.execute(is_it).first() is not None:
+        locks.lock_jobs(tx, [job_id])
+    row = tx.connection.execute(is_it).one_or_none()
     if row is None:
         raise NotFound(f"There is no job {job_id!r}. `edgekiln jobs` lists those there are.", job_id=job_id)
     return row
-
-
-def _supersede_failed_steps(tx: Transaction, job_id: str) -> dict[str, str]:
-    """Set aside the steps that a retry replaces; return the last state of each kind.
-
-    Those are all that did not succeed, and the succeeded preludes: a retry pins and plans anew.
-    """
-    last_state: dict[str, str] = {}
-    for row in tx.connection.execute(
-        select(Step.id, Step.kind, Step.state, Step.shared)
-        .join(JobStep, JobStep.step_id == Step.id)
-        .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
-        .order_by(JobStep.position)
-    ).all():
-        last_state[row.kind] = row.state
-        if row.state != StepState.SUCCEEDED or row.kind in ("resolve", "plan"):
-            tx.connection.execute(
-                update(JobStep).where(JobStep.job_id == job_id, JobStep.step_id == row.id).values(superseded=True)
-            )
-    return last_state
-
-
-def _usable_fetch(tx: Transaction, job_id: str) -> Any | None:
-    """Return the job's last `fetch` whose files are still there, with its figures."""
-    return tx.connection.execute(
-        select(Step.id, Step.figures)
-        .join(JobStep, JobStep.step_id == Step.id)
-        .where(
-            JobStep.job_id == job_id,
-            Step.kind == "fetch",
-            Step.state == StepState.SUCCEEDED,
-            Step.retired_at.is_(None),
-        )
-        .order_by(JobStep.position.desc())
-        .limit(1)
-    ).one_or_none()

@@ -1,4 +1,4 @@
-"""Row locks, in one order: host, jobs by id, steps by id, tenant, blobs by digest.
+"""Row locks, in one order: host or device, jobs by id, steps by id, tenant, blobs by digest.
 
 Without them two inputs that finish at the same instant each see the other as unfinished and strand their dependent.
 The locks are `FOR NO KEY UPDATE`, so that a row that merely refers to a locked one can still be written. SQLite has one
@@ -8,17 +8,34 @@ writer at a time (`BEGIN IMMEDIATE`) and needs none of this.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 
+from service.ledger.clock import now
 from service.ledger.database import StaleView, Transaction
-from service.ledger.tables import Blob, Host, Job, JobStep, Step, Tenant
+from service.ledger.states import FINAL_JOB_STATES, StepState
+from service.ledger.tables import Blob, Device, Host, Job, JobStep, Step, Tenant, Worker
+
+
+def lock_host_of(tx: Transaction, worker_id: str) -> None:
+    """Let one worker of a host claim at a time."""
+    if tx.is_postgresql:
+        mine = select(Worker.host_id).where(Worker.id == worker_id).scalar_subquery()
+        tx.connection.execute(select(Host.id).where(Host.id == mine).with_for_update(key_share=True))
 
 
 def lock_host(tx: Transaction, host_id: str) -> None:
-    """Let one worker of a host claim at a time."""
+    """Let no worker of a host claim meanwhile."""
     if tx.is_postgresql:
         tx.connection.execute(select(Host.id).where(Host.id == host_id).with_for_update(key_share=True))
+
+
+def lock_device(tx: Transaction, device_id: str) -> None:
+    """Let one claim at a time be made for a device."""
+    if tx.is_postgresql:
+        tx.connection.execute(select(Device.id).where(Device.id == device_id).with_for_update(key_share=True))
 
 
 def lock_jobs(tx: Transaction, job_ids: Iterable[str]) -> None:
@@ -54,20 +71,62 @@ def lock_blobs(tx: Transaction, digests: Iterable[str]) -> None:
         )
 
 
-def lock_step_with_jobs(tx: Transaction, step_id: str) -> tuple[str, ...]:
-    """Lock every job that links to a step, then the step; return the jobs' ids.
+@dataclass(frozen=True)
+class HeldStep:
+    """A step whose row is locked, with all jobs that link to it."""
+
+    #: Its columns, and `is_expired`: whether it runs under a lease that has run out; `is_paused`: whether it must wait.
+    row: Any
+    #: The jobs that still want it, sorted, with the trace contexts of their submissions.
+    traceparents: dict[str, str | None]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it may be claimed; as long as it is locked, that stays so."""
+        return bool(self.row.is_expired or (self.row.state == StepState.QUEUED and not self.row.is_paused))
+
+    @property
+    def live_job_ids(self) -> list[str]:
+        """Ids of the jobs that still want it, sorted."""
+        return list(self.traceparents)
+
+
+def lock_linked_jobs(tx: Transaction, step_id: str) -> list[str] | None:
+    """Lock every job that links to a step, in id order; return their ids, or None where nothing needs locks."""
+    if not tx.is_postgresql:
+        return None
+    linked = select(JobStep.job_id).where(JobStep.step_id == step_id)
+    jobs = select(Job.id).where(Job.id.in_(linked)).order_by(Job.id).with_for_update(key_share=True)
+    return list(tx.connection.execute(jobs).scalars())
+
+
+def lock_step_with_jobs(tx: Transaction, step_id: str) -> HeldStep:
+    """Lock every job that links to a step, then the step, and read it.
 
     A job that joins the step in between is seen when the step's lock is held, and the transaction starts anew.
     """
-    before = linked_job_ids(tx, step_id)
-    lock_jobs(tx, before)
+    locked = lock_linked_jobs(tx, step_id)
     lock_steps(tx, [step_id])
-    if linked_job_ids(tx, step_id) != before:
+    rows = tx.connection.execute(
+        select(
+            Step.__table__,
+            and_(Step.state == StepState.RUNNING, Step.lease_expires_at <= now()).label("is_expired"),
+            and_(Step.run_after.is_not(None), Step.run_after > now()).label("is_paused"),
+            JobStep.job_id,
+            JobStep.superseded,
+            Job.state.label("job_state"),
+            Job.traceparent,
+        )
+        .outerjoin(JobStep, JobStep.step_id == Step.id)
+        .outerjoin(Job, Job.id == JobStep.job_id)
+        .where(Step.id == step_id)
+        .order_by(JobStep.job_id)
+    ).all()
+    if locked is not None and [row.job_id for row in rows if row.job_id is not None] != locked:
         raise StaleView
-    return before
-
-
-def linked_job_ids(tx: Transaction, step_id: str) -> tuple[str, ...]:
-    """Ids of all jobs that link to a step, sorted."""
-    rows = tx.connection.execute(select(JobStep.job_id).where(JobStep.step_id == step_id).order_by(JobStep.job_id))
-    return tuple(rows.scalars())
+    wanted = {
+        row.job_id: row.traceparent
+        for row in rows
+        if row.job_id and not row.superseded and row.job_state not in FINAL_JOB_STATES
+    }
+    return HeldStep(rows[0], wanted)

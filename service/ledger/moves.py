@@ -39,14 +39,18 @@ def move_step(
     event: StepEvent,
     *,
     token: int | None = None,
+    next_token: int | None = None,
     only_if: ColumnElement[bool] | None = None,
     **values: Any,
 ) -> bool:
     """Apply `event` to a step if its state allows it; return whether it did.
 
-    `token` fences the write: a holder whose token is no longer the step's changes nothing.
+    `token` fences the write: a holder whose token is no longer the step's changes nothing. `next_token` is the step's
+    from then on.
     """
     target = target_of(event)
+    if next_token is not None:
+        values.update(token=next_token)
     conditions = [Step.id == step_id, Step.state.in_(sources_of(event))]
     if token is not None:
         conditions.append(Step.token == token)
@@ -62,19 +66,23 @@ def move_step(
 
 
 def close_attempt(tx: Transaction, step_id: str, token: int, state: AttemptState, **values: Any) -> None:
-    """End an attempt that still runs."""
+    """End an attempt that still runs.
+
+    The end of its log stays where its worker has yet to store the whole, or never will: it holds the last words.
+    """
+    if state in (AttemptState.SUCCEEDED, AttemptState.FAILED):
+        values.update(live_log=None, live_log_bytes=None)
     tx.connection.execute(
         update(Attempt)
         .where(Attempt.step_id == step_id, Attempt.token == token, Attempt.state == AttemptState.RUNNING)
-        .values(state=state, finished_at=now(), live_log=None, live_log_bytes=None, **values)
+        .values(state=state, finished_at=now(), **values)
     )
 
 
 def settle(tx: Transaction, step_id: str) -> None:
     """Do everything that a step's new state entails for dependents, variants and the jobs that still want it."""
     job_ids = live_job_ids(tx, step_id)
-    announce_step(tx, step_id, job_ids)
-    step = tx.connection.execute(select(Step.state, Step.resource_class).where(Step.id == step_id)).one()
+    step = announce_step(tx, step_id, job_ids)
     if step.state == StepState.SUCCEEDED:
         _promote_dependents(tx, step_id)
     elif step.state in (StepState.FAILED, StepState.CANCELLED):
@@ -85,10 +93,20 @@ def settle(tx: Transaction, step_id: str) -> None:
         recompute_job(tx, job_id)
 
 
-def announce_step(tx: Transaction, step_id: str, job_ids: Iterable[str]) -> None:
-    """Write a `step` event to the jobs of a step."""
-    row = tx.connection.execute(select(Step.kind, Step.state, Step.error).where(Step.id == step_id)).one()
-    emit(tx, job_ids, "step", {"step_id": step_id, "kind": row.kind, "state": row.state, "error": row.error})
+def announce_step(tx: Transaction, step_id: str, job_ids: Iterable[str]) -> Any:
+    """Write a `step` event to the jobs of a step; return the step's `kind`, `state`, `error` and `resource_class`."""
+    row = tx.connection.execute(
+        select(Step.kind, Step.state, Step.error, Step.resource_class).where(Step.id == step_id)
+    ).one()
+    announce(tx, job_ids, step_id, row.kind, row.state, row.error)
+    return row
+
+
+def announce(
+    tx: Transaction, job_ids: Iterable[str], step_id: str, kind: str, state: str, error: Mapping[str, Any] | None
+) -> None:
+    """Write a `step` event about a step that is known."""
+    emit(tx, job_ids, "step", {"step_id": step_id, "kind": kind, "state": state, "error": error})
 
 
 def _promote_dependents(tx: Transaction, input_id: str) -> None:
@@ -107,9 +125,8 @@ def _promote_dependents(tx: Transaction, input_id: str) -> None:
 
 
 def _queue_up(tx: Transaction, step_id: str) -> None:
-    resource_class = tx.connection.execute(select(Step.resource_class).where(Step.id == step_id)).scalar_one()
-    tx.due_classes.add(resource_class)
-    announce_step(tx, step_id, live_job_ids(tx, step_id))
+    step = announce_step(tx, step_id, live_job_ids(tx, step_id))
+    tx.due_classes.add(step.resource_class)
 
 
 def _cancel_dependents(tx: Transaction, input_id: str) -> None:
@@ -150,14 +167,18 @@ def live_job_ids(tx: Transaction, step_id: str) -> list[str]:
 
 def recompute_job(tx: Transaction, job_id: str) -> None:
     """Derive variant and job states from the job's steps and store them; final states never change here."""
-    job = tx.connection.execute(select(Job.state).where(Job.id == job_id)).one()
-    if job.state in FINAL_JOB_STATES:
+    variants = tx.connection.execute(
+        select(Variant.id, Variant.name, Variant.state, Job.state.label("job_state"))
+        .join(Job, Job.id == Variant.job_id)
+        .where(Variant.job_id == job_id)
+        .order_by(Variant.position)
+    ).all()
+    was_state = variants[0].job_state
+    if was_state in FINAL_JOB_STATES:
         return
     steps = _step_views(tx, job_id)
     states: dict[str, str] = {}
-    for variant in tx.connection.execute(
-        select(Variant.id, Variant.name, Variant.state).where(Variant.job_id == job_id).order_by(Variant.position)
-    ):
+    for variant in variants:
         states[variant.id] = variant.state
         if variant.state in FINAL_VARIANT_STATES:
             continue
@@ -165,7 +186,7 @@ def recompute_job(tx: Transaction, job_id: str) -> None:
         if states[variant.id] != variant.state:
             _store_variant(tx, job_id, variant.id, variant.name, states[variant.id], error)
     job_state = judge_job(list(states.values()), steps)
-    if job_state != job.state:
+    if job_state != was_state:
         finalized_at = now() if job_state in FINAL_JOB_STATES else None
         tx.connection.execute(update(Job).where(Job.id == job_id).values(state=job_state, finalized_at=finalized_at))
         emit(tx, [job_id], "job", {"state": job_state})
@@ -182,22 +203,26 @@ def _store_variant(
 
 
 def _step_views(tx: Transaction, job_id: str) -> list[StepView]:
-    variants: dict[str, set[str]] = {}
-    for row in tx.connection.execute(
+    served = (
         select(VariantStep.step_id, VariantStep.variant_id)
         .join(Variant, Variant.id == VariantStep.variant_id)
         .where(Variant.job_id == job_id)
-    ):
-        variants.setdefault(row.step_id, set()).add(row.variant_id)
+        .subquery()
+    )
     rows = tx.connection.execute(
-        select(Step.id, Step.kind, Step.state, Step.error, Step.token, JobStep.reused)
+        select(Step.id, Step.kind, Step.state, Step.error, Step.token, JobStep.reused, served.c.variant_id)
         .join(JobStep, JobStep.step_id == Step.id)
+        .outerjoin(served, served.c.step_id == Step.id)
         .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
         .order_by(JobStep.position)
-    )
+    ).all()
+    variants: dict[str, set[str]] = {row.id: set() for row in rows}
+    for row in rows:
+        if row.variant_id is not None:
+            variants[row.id].add(row.variant_id)
     return [
-        StepView(row.kind, row.state, row.error, row.token > 0 and not row.reused, frozenset(variants.get(row.id, ())))
-        for row in rows
+        StepView(row.kind, row.state, row.error, row.token > 0 and not row.reused, frozenset(variants[row.id]))
+        for row in {row.id: row for row in rows}.values()
     ]
 
 

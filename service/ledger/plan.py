@@ -7,11 +7,12 @@ ledger turns the `StepSpec`s into rows (`service.ledger.graph`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from service import gates, recipes
+from service.devices import HOST, PHONE_CLASS
 from service.requests import JobRequest
 
 #: Step kind -> resource class (and Celery queue).
@@ -55,6 +56,8 @@ class StepSpec:
     @property
     def resource_class(self) -> str:
         """What it needs to run."""
+        if self.kind == "benchmark" and self.params["device"] != HOST:
+            return PHONE_CLASS
         return RESOURCE_CLASSES[self.kind]
 
 
@@ -83,10 +86,16 @@ def plan_spec(request: JobRequest) -> StepSpec:
     return StepSpec("plan", "plan", params, inputs={"checkpoint": "fetch"})
 
 
-def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Mapping[str, Any]) -> list[StepSpec]:
+def expand_planned(
+    request: JobRequest,
+    facts: Mapping[str, Any],
+    benchmark: Mapping[str, Any],
+    devices: Sequence[str] | None = None,
+) -> list[StepSpec]:
     """Return the rest of the graph, inputs before dependents.
 
-    `facts` are the figures of `plan`; `benchmark` holds the operator's protocol (`processes`).
+    `facts` are the figures of `plan`; `benchmark` holds the operator's protocol (`processes`); `devices` are the
+    request's, where one that means several stands for each of them.
     """
     lengths = {"prefill_lengths": list(facts["prefill_lengths"]), "context_length": facts["context_length"]}
     predicted: Mapping[str, int] = facts.get("predicted_peak_anon_bytes", {})
@@ -147,15 +156,16 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
                 variant,
             )
         measured = {
-            f"benchmark_{device}_{kind}": add(
-                f"benchmark:{variant}:{device}:{kind}",
+            f"benchmark_{place}_{kind}": add(
+                f"benchmark:{variant}:{place}:{kind}",
                 "benchmark",
-                {"device": device, "format": kind, **benchmark, **_workload(facts)},
+                {"device": device, "format": kind, **benchmark, **how, **_workload(facts), **_signatures(facts, kind)},
                 # Only a proven artifact is measured.
                 {"artifact": artifacts[kind], "verify": proofs[f"verify_{kind}"]},
                 variant,
             )
-            for device in request.devices
+            for device in (request.devices if devices is None else devices)
+            for place, how in _ways(request, device)
             for kind in request.formats
         }
         add(
@@ -180,6 +190,25 @@ def expand_planned(request: JobRequest, facts: Mapping[str, Any], benchmark: Map
             variant,
         )
     return list(specs.values())
+
+
+def _ways(request: JobRequest, device: str) -> list[tuple[str, dict[str, Any]]]:
+    """How a device is asked to compute, each by a name: the host in one way, a phone in each that the job names."""
+    if device == HOST:
+        return [(device, {})]
+    ways = []
+    for backend in request.backends:
+        for threads in request.threads or (None,):
+            name = f"{device}:{backend}" + ("" if threads is None else f":{threads}")
+            ways.append((name, {"backend": backend, "threads": threads}))
+    return ways
+
+
+def _signatures(facts: Mapping[str, Any], model_format: str) -> dict[str, Any]:
+    """The signatures of a graph, which its tool measures one by one; a bundle's runtime knows them itself."""
+    if model_format != "tflite":
+        return {}
+    return {"signatures": [*(f"prefill_{length}" for length in facts["prefill_lengths"]), "decode"]}
 
 
 def _quantization_of(request: JobRequest, recipe: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Draft:
     manifest_digest: str
     #: Canonical JSON text.
     manifest: str
+    signature: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def record_publications(tx: Transaction, claim: Claim, drafts: Sequence[Draft]) 
         )
     )
     recorded = {
-        row.kind: Draft(row.kind, row.name, row.digest, row.size_bytes, row.manifest_digest, row.manifest)
+        row.kind: Draft(
+            row.kind, row.name, row.digest, row.size_bytes, row.manifest_digest, row.manifest, row.signature
+        )
         for row in tx.connection.execute(select(Publication.__table__).where(Publication.step_id == claim.step_id))
     }
     for draft in drafts:

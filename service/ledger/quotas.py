@@ -1,26 +1,44 @@
 """Quotas: how much of the service one tenant may use at once, and how much it does.
 
 What a tenant has too much of is refused before it is stored (`QuotaExceeded`); steps beyond the number that may run
-wait. Nothing that was accepted is ever ended for a quota. Called by `service.ledger.jobs`, `service.ledger.claims` and
+wait. Nothing that was accepted is ever ended for a quota. Called by `jobs`, `schedules` and `claims` here, and by
 `service.api.uploads`; set by `edgekiln tenants`.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, func, select, union, update
+from sqlalchemy import Connection, bindparam, func, select, union, update
 
 from service.errors import NotFound, QuotaExceeded
 from service.ledger import locks
 from service.ledger.clock import now
 from service.ledger.database import StaleView, Transaction, reads, writes
 from service.ledger.due import is_running
-from service.ledger.tables import Attempt, Blob, Job, Step, StepOutput, Tenant, Upload
+from service.ledger.tables import (
+    Attempt,
+    Blob,
+    Job,
+    ResumableUpload,
+    Schedule,
+    Step,
+    StepOutput,
+    Tenant,
+    Upload,
+    UploadPart,
+)
 
 #: Quota -> what is counted, as its refusal words it.
-QUOTAS = {"running_steps": "running steps", "unfinished_jobs": "unfinished jobs", "stored_bytes": "stored bytes"}
+QUOTAS = {
+    "running_steps": "running steps",
+    "unfinished_jobs": "unfinished jobs",
+    "stored_bytes": "stored bytes",
+    "schedules": "schedules",
+}
+_LIMITS = select(Tenant.__table__, now().label("read_at")).where(Tenant.id == bindparam("tenant"))
 
 
 @writes
@@ -49,13 +67,26 @@ def list_tenants(connection: Connection) -> list[dict[str, Any]]:
     ]
 
 
-def require_room_for_job(tx: Transaction, tenant_id: str) -> None:
-    """Raise `QuotaExceeded` if the tenant may have no further job; until the commit nobody else adds one for it."""
-    limits = _read_limits(tx.connection, tenant_id)
-    if limits["unfinished_jobs"] is not None:
+def require_room_for_job(tx: Transaction, tenant_id: str) -> dt.datetime:
+    """Raise `QuotaExceeded` if the tenant may have no further job; until the commit nobody else adds one for it.
+
+    Returns the database's time, which whoever enters the job needs anyway.
+    """
+    row = tx.connection.execute(_LIMITS, {"tenant": tenant_id}).one()
+    if row.max_unfinished_jobs is not None:
         locks.lock_tenant(tx, tenant_id)
-    for name in ("unfinished_jobs", "stored_bytes"):
-        _require_room(tx.connection, tenant_id, name, limits[name])
+    _require_room(tx.connection, tenant_id, "unfinished_jobs", row.max_unfinished_jobs)
+    _require_room(tx.connection, tenant_id, "stored_bytes", row.max_stored_bytes)
+    read_at: dt.datetime = row.read_at
+    return read_at
+
+
+def require_room_for_schedule(tx: Transaction, tenant_id: str) -> None:
+    """Raise `QuotaExceeded` if the tenant may have no further schedule; see `require_room_for_job`."""
+    limit = _read_limits(tx.connection, tenant_id)["schedules"]
+    if limit is not None:
+        locks.lock_tenant(tx, tenant_id)
+    _require_room(tx.connection, tenant_id, "schedules", limit)
 
 
 @reads
@@ -64,12 +95,27 @@ def require_room_for_upload(connection: Connection, tenant_id: str) -> None:
     _require_room(connection, tenant_id, "stored_bytes", _read_limits(connection, tenant_id)["stored_bytes"])
 
 
-def require_slot(tx: Transaction, step_id: str) -> None:
+def require_room_for_bytes(connection: Connection, tenant_id: str, pending_bytes: int, size_bytes: int) -> None:
+    """Raise `QuotaExceeded` unless a tenant may store so much beside what it has and what it has announced."""
+    limit = _read_limits(connection, tenant_id)["stored_bytes"]
+    if limit is None:
+        return
+    used = _read_use(connection, tenant_id, "stored_bytes") + pending_bytes
+    if used + size_bytes > limit:
+        raise QuotaExceeded(
+            f"The tenant {tenant_id!r} has or awaits {used} stored bytes, its quota is {limit}, and the upload has "
+            f"{size_bytes}. Ask the operator for more (`edgekiln tenants limit`).",
+            quota="stored_bytes",
+            used=used,
+            limit=limit,
+        )
+
+
+def require_slot(tx: Transaction, tenant_id: str) -> None:
     """Keep two hosts from starting a tenant's last permitted step twice over.
 
     Raises `StaleView` when the quota was used up since `service.ledger.due` looked: the claim looks again.
     """
-    tenant_id = tx.connection.execute(select(Step.tenant_id).where(Step.id == step_id)).scalar_one()
     limit = _read_limits(tx.connection, tenant_id)["running_steps"]
     if limit is None:
         return
@@ -93,11 +139,7 @@ def _require_room(connection: Connection, tenant_id: str, name: str, limit: int 
 
 
 def _read_limits(connection: Connection, tenant_id: str) -> dict[str, int | None]:
-    row = connection.execute(
-        select(Tenant.max_running_steps, Tenant.max_unfinished_jobs, Tenant.max_stored_bytes).where(
-            Tenant.id == tenant_id
-        )
-    ).one()
+    row = connection.execute(_LIMITS, {"tenant": tenant_id}).one()
     return {name: getattr(row, f"max_{name}") for name in QUOTAS}
 
 
@@ -107,6 +149,7 @@ def _read_use(connection: Connection, tenant_id: str, name: str) -> int:
             is_running(), Step.lease_expires_at > now(), Step.tenant_id == tenant_id
         ),
         "unfinished_jobs": select(func.count()).where(Job.tenant_id == tenant_id, Job.finalized_at.is_(None)),
+        "schedules": select(func.count()).where(Schedule.tenant_id == tenant_id),
         "stored_bytes": select(func.coalesce(func.sum(Blob.size_bytes), 0)).where(
             Blob.swept_at.is_(None), Blob.digest.in_(_select_held(tenant_id))
         ),
@@ -119,5 +162,10 @@ def _select_held(tenant_id: str) -> Any:
     outputs = select(StepOutput.digest).join(Step, Step.id == StepOutput.step_id).where(Step.tenant_id == tenant_id)
     logs = select(Attempt.log_digest).join(Step, Step.id == Attempt.step_id).where(Step.tenant_id == tenant_id)
     uploads = select(Upload.digest).where(Upload.tenant_id == tenant_id)
-    held = union(outputs, logs.where(Attempt.log_digest.is_not(None)), uploads).subquery()
+    parts = (
+        select(UploadPart.digest)
+        .join(ResumableUpload, ResumableUpload.id == UploadPart.upload_id)
+        .where(ResumableUpload.tenant_id == tenant_id)
+    )
+    held = union(outputs, logs.where(Attempt.log_digest.is_not(None)), uploads, parts).subquery()
     return select(held.c.digest)

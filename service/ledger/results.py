@@ -12,13 +12,14 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
-from service.errors import BlobCondemned, ChildCrashed, EdgeKilnError, LeaseLost, Parked
+from service.errors import BlobCondemned, ChildCrashed, DeviceHung, DeviceLost, EdgeKilnError, LeaseLost, Parked
 from service.ledger import locks
 from service.ledger.blobs import OutputFile, Reprieves, commit_blobs
 from service.ledger.claims import Claim, LeasePolicy
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
-from service.ledger.graph import add_steps
+from service.ledger.devices import name_devices
+from service.ledger.graph import ReusedStep, add_steps
 from service.ledger.keys import Toolchain
 from service.ledger.moves import close_attempt, move_step, settle
 from service.ledger.plan import StepSpec, expand_planned, expand_resolved
@@ -62,8 +63,10 @@ class Success:
 @writes
 def finish_step(
     tx: Transaction, claim: Claim, success: Success, toolchain: Toolchain, benchmark: Mapping[str, Any]
-) -> None:
+) -> Sequence[ReusedStep]:
     """Commit a step's outputs and figures, and everything that follows; outputs are in the store already.
+
+    Returns the steps of the plan that follows which others had made, or are making.
 
     `toolchain` and `benchmark` enter the steps that a `resolve` or `plan` brings about. Raises `LeaseLost`, and
     `BlobCondemned` when an output is about to be swept and must be uploaded again.
@@ -92,23 +95,22 @@ def finish_step(
         tx.connection.execute(
             update(Publication).where(Publication.step_id == claim.step_id).values(published_at=now())
         )
-    if claim.job_id is not None:
-        _expand(tx, claim, success.figures, toolchain, benchmark)
+    reused = _expand(tx, claim, success.figures, toolchain, benchmark)
     settle(tx, claim.step_id)
+    return reused
 
 
 def _expand(
     tx: Transaction, claim: Claim, figures: Mapping[str, Any], toolchain: Toolchain, benchmark: Mapping[str, Any]
-) -> None:
+) -> Sequence[ReusedStep]:
     """Write the part of the job's graph that a finished `resolve` or `plan` makes known."""
     if claim.kind not in ("resolve", "plan") or claim.job_id is None:
-        return
+        return ()
     job_id = claim.job_id
     request = parse_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
     if claim.kind == "resolve":
         tx.connection.execute(update(Job).where(Job.id == job_id).values(source=dict(figures["source"])))
-        add_steps(tx, job_id, expand_resolved(request, figures["source"]), toolchain, {}, None)
-        return
+        return add_steps(tx, job_id, expand_resolved(request, figures["source"]), toolchain, {}, None)
     fetch = claim.inputs["checkpoint"]
     open_variants = set(
         tx.connection.execute(
@@ -121,8 +123,9 @@ def _expand(
             .where(Variant.job_id == job_id, Variant.name == name)
             .values(engine=figures["engines"][asked])
         )
-    specs = _select_wanted(expand_planned(request, figures, benchmark), open_variants, _unmeasured_variants(tx, job_id))
-    add_steps(tx, job_id, specs, toolchain, {"fetch": fetch.step_id}, fetch.figures["checkpoint_digest"])
+    planned = expand_planned(request, figures, benchmark, name_devices(tx.connection, request.devices))
+    specs = _select_wanted(planned, open_variants, _unmeasured_variants(tx, job_id))
+    return add_steps(tx, job_id, specs, toolchain, {"fetch": fetch.step_id}, fetch.figures["checkpoint_digest"])
 
 
 def _unmeasured_variants(tx: Transaction, job_id: str) -> set[str]:
@@ -175,10 +178,9 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
     A retryable error queues the step again after a pause, until it has failed `max_failures` times. Raises
     `LeaseLost`.
     """
-    locks.lock_step_with_jobs(tx, claim.step_id)
+    before = locks.lock_step_with_jobs(tx, claim.step_id).row
     document = error.to_json()
     is_retryable = bool(document["retryable"])
-    before = tx.connection.execute(select(Step.failure_count, Step.pinned_at).where(Step.id == claim.step_id)).one()
     failures = before.failure_count + 1
     tries_again = is_retryable and failures < policy.max_failures and before.pinned_at is None
     if tries_again:
@@ -202,20 +204,21 @@ def fail_step(tx: Transaction, claim: Claim, error: EdgeKilnError, usage: Usage,
         moved = move_step(tx, claim.step_id, StepEvent.FAIL, token=claim.token, failure_count=failures, error=document)
     if not moved:
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
-    close_attempt(
-        tx, claim.step_id, claim.token, AttemptState.FAILED, error=error.to_json(), **_usage_values(tx, usage)
-    )
+    # A phone that went away in the middle of a measurement: nothing is known of what it did.
+    is_lost = before.pinned_at is not None and document["code"] in (DeviceLost.code, DeviceHung.code)
+    how = AttemptState.LOST if is_lost else AttemptState.FAILED
+    close_attempt(tx, claim.step_id, claim.token, how, error=error.to_json(), **_usage_values(tx, usage))
     settle(tx, claim.step_id)
     return tries_again
 
 
 @writes
 def record_usage(tx: Transaction, claim: Claim, usage: Usage) -> None:
-    """Keep what a cancelled or lost attempt cost, and its log; changes no state."""
+    """Keep what a cancelled or lost attempt cost, and its log, which takes the place of its last words."""
     tx.connection.execute(
         update(Attempt)
         .where(Attempt.step_id == claim.step_id, Attempt.token == claim.token)
-        .values(**_usage_values(tx, usage))
+        .values(**_usage_values(tx, usage), live_log=None, live_log_bytes=None)
     )
 
 

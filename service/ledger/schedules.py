@@ -19,14 +19,15 @@ from service.ledger.clock import now
 from service.ledger.database import Database, Transaction, reads, writes
 from service.ledger.jobs import add_job, require_few_variants
 from service.ledger.keys import new_id
+from service.ledger.quotas import require_room_for_schedule
 from service.ledger.states import FINAL_JOB_STATES, TickOutcome
 from service.ledger.tables import Job, Schedule, ScheduleTick, ScheduleUpload
 from service.ledger.uploads import hold_uploads
 from service.requests import JobRequest, parse_request
 from service.schedules import ScheduleRequest, Timing, read_ticks
 
-#: A tick that is fired within this time is not missed, whatever the policy; and so long other workers may try to read a
-#: folder that this one cannot.
+#: A tick that is fired within this time is not missed, whatever the policy; and so long a worker leaves a folder that
+#: it cannot read to others.
 GRACE_S = 300.0
 #: Schedules that one sweep fires at most.
 _BATCH = 100
@@ -35,6 +36,11 @@ _TICKS_KEPT = 100
 #: Ticks that a schedule's document shows, past and to come.
 _TICKS_SHOWN = 20
 _TICKS_AHEAD = 5
+
+
+#: What a worker cannot admit: schedule and tick -> since when, by the ledger's clock. A worker keeps it for its life,
+#: so that after an outage, too, the others have their time.
+Refusals = dict[tuple[str, dt.datetime], dt.datetime]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class _Due:
     tick_at: dt.datetime | None
     #: The first tick to come.
     following_at: dt.datetime
-    is_late: bool
+    read_at: dt.datetime
 
 
 # --- what users do ------------------------------------------------------------------------------
@@ -74,9 +80,10 @@ class _Due:
 def add_schedule(tx: Transaction, tenant_id: str, request: ScheduleRequest, *, max_variants: int) -> str:
     """Store a schedule and return its id; the caller has checked the source's folder.
 
-    Raises `Conflict` when the name is taken, and what `submit_job` raises for the job.
+    Raises `Conflict` when the name is taken, `QuotaExceeded`, and what `submit_job` raises for the job.
     """
     require_few_variants(request.job, max_variants)
+    require_room_for_schedule(tx, tenant_id)
     schedule_id = new_id("sch")
     made_at = _read_now(tx.connection)
     timing = Timing(request.cron, request.time_zone, request.every_s, made_at)
@@ -104,7 +111,7 @@ def add_schedule(tx: Transaction, tenant_id: str, request: ScheduleRequest, *, m
             f"There is a schedule {request.name!r} already. Choose another name, or remove that one first.",
             name=request.name,
         )
-    hold_uploads(tx, tenant_id, request.job.uploads.values(), ScheduleUpload, schedule_id=schedule_id)
+    hold_uploads(tx, tenant_id, request.job.held_uploads, ScheduleUpload, schedule_id=schedule_id)
     return schedule_id
 
 
@@ -141,26 +148,35 @@ def remove_schedule(tx: Transaction, tenant_id: str, schedule_id: str) -> None:
 # --- what happens by itself ---------------------------------------------------------------------
 
 
-def fire_due(database: Database, admit: Callable[[JobRequest], JobRequest], *, max_variants: int) -> list[Tick]:
+def fire_due(
+    database: Database, admit: Callable[[JobRequest], JobRequest], refusals: Refusals, *, max_variants: int
+) -> list[Tick]:
     """Fire every tick that has come, and return those that were fired here.
 
-    `admit` looks again at what the request names on this host; what it refuses is left to other workers for a while,
-    and then recorded. No transaction is open meanwhile.
+    `admit` looks again at what the request names on this host; what it refuses is entered in `refusals`, left to other
+    workers for a while, and then recorded. No transaction is open meanwhile.
     """
     fired: list[Tick] = []
+    refused: Refusals = {}
     for due in _list_due(database):
         if len(fired) == _BATCH:
+            refused = {**refusals, **refused}
             break
         request, refusal = None, None
         try:
             request = admit(parse_request(due.request)) if due.tick_at is not None else None
         except EdgeKilnError as error:
-            if not due.is_late:
+            name = due.schedule_id, due.due_at
+            since = refused[name] = refusals.get(name, due.read_at)
+            if due.read_at - since < dt.timedelta(seconds=GRACE_S):
                 continue
             refusal = error.to_json()
         tick = _fire(database, due, request, refusal, max_variants)
         if tick is not None:
             fired.append(tick)
+    # What is due no more is forgotten.
+    refusals.clear()
+    refusals.update(refused)
     return fired
 
 
@@ -203,7 +219,7 @@ def _describe_due(row: Any, instant: dt.datetime) -> _Due:
         due_at=row.next_at,
         tick_at=tick_at,
         following_at=timing.next_after(max(instant, row.next_at)),
-        is_late=is_late,
+        read_at=instant,
     )
 
 
@@ -273,7 +289,7 @@ def _submit(
     """Submit a job; what refuses it is recorded, and must not keep the tick from being past."""
     try:
         with tx.connection.begin_nested():
-            return TickOutcome.SUBMITTED, add_job(tx, tenant_id, request, max_variants=max_variants), None
+            return TickOutcome.SUBMITTED, add_job(tx, tenant_id, request, max_variants=max_variants)["id"], None
     except EdgeKilnError as error:
         # A tenant at its quota does not hold up the others' ticks, and its own is not saved for later.
         if error.retryable and not isinstance(error, QuotaExceeded):

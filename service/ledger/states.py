@@ -124,6 +124,20 @@ class JobState(StrEnum):
 FINAL_JOB_STATES = (JobState.SUCCEEDED, JobState.PARTIAL, JobState.FAILED, JobState.CANCELLED)
 
 
+class DeviceState(StrEnum):
+    """Whether a phone can be measured on; its device worker says so. One that runs a step is `ready` meanwhile."""
+
+    READY = "ready"
+    #: adb does not know it any more, or its worker has ended.
+    ABSENT = "absent"
+    #: adb knows it, and it does not talk.
+    OFFLINE = "offline"
+    #: It waits for a person to trust the host's key.
+    UNAUTHORIZED = "unauthorized"
+    #: Nothing brought it back, or it failed again and again: an operator looks at it first.
+    QUARANTINED = "quarantined"
+
+
 class TickOutcome(StrEnum):
     """What became of a schedule's tick."""
 

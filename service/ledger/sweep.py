@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, func, literal, or_, select, text, update
 from sqlalchemy.orm import aliased
 
 from service.ledger import locks
@@ -27,11 +27,14 @@ from service.ledger.tables import (
     JobStep,
     JobUpload,
     Publication,
+    ResumableUpload,
     ScheduleUpload,
     Step,
     StepInput,
     StepOutput,
+    ToolFile,
     Upload,
+    UploadPart,
 )
 
 #: Rows that one transaction takes.
@@ -155,6 +158,9 @@ def delete_condemned(tx: Transaction, digest: str, wait_s: float, delete_bytes: 
     One that something refers to after all is pardoned. A crash in between leaves a condemned row, and the next sweep
     deletes again.
     """
+    if tx.is_postgresql:
+        # The lock must last as long as the store takes, or whoever stores the same bytes meanwhile would lose them.
+        tx.connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     locks.lock_blobs(tx, [digest])
     is_due = Blob.digest == digest, _is_due(wait_s)
     is_referenced = tx.connection.execute(select(_is_referenced()).select_from(Blob).where(*is_due)).scalar()
@@ -166,12 +172,6 @@ def delete_condemned(tx: Transaction, digest: str, wait_s: float, delete_bytes: 
     delete_bytes()
     tx.connection.execute(update(Blob).where(Blob.digest == digest).values(swept_at=now()))
     return True
-
-
-@reads
-def count_unused_steps(connection: Connection, keep_s: float) -> int:
-    """How many steps `retire_unused_steps` would retire."""
-    return connection.execute(select(func.count()).select_from(Step).where(_is_unused(keep_s))).scalar_one()
 
 
 def read_unreferenced(database: Database, retention: Retention) -> Iterator[BlobRow]:
@@ -303,12 +303,16 @@ def _is_referenced(retention: Retention | None = None) -> ColumnElement[bool]:
     is_held = Upload.digest == Blob.digest
     is_published = select(Publication.id).where(Publication.digest == Blob.digest)
     is_logged = select(Attempt.step_id).where(Attempt.log_digest == Blob.digest)
+    is_part = select(UploadPart.upload_id).where(UploadPart.digest == Blob.digest)
     if retention is not None:
         is_forgotten = _is_forgotten(retention, retention.wait_s)
         is_given_up = or_(is_given_up, _is_unused(retention.outputs_s), is_forgotten)
         is_held = and_(is_held, ~_is_unnamed(retention.uploads_s, retention))
         is_published = is_published.join(Job, Job.id == Publication.job_id).where(~_is_expired(retention))
         is_logged = is_logged.join(Step, Step.id == Attempt.step_id).where(~is_forgotten)
+        is_part = is_part.join(ResumableUpload, ResumableUpload.id == UploadPart.upload_id).where(
+            ResumableUpload.expires_at > now()
+        )
     is_wanted = (
         exists(select(JobStep.job_id).join(Job, Job.id == JobStep.job_id))
         .where(JobStep.step_id == Step.id, Job.state.not_in(FINAL_JOB_STATES))
@@ -321,5 +325,7 @@ def _is_referenced(retention: Retention | None = None) -> ColumnElement[bool]:
         by_steps.correlate(Blob),
         exists(is_published.correlate(Blob)),
         exists(is_logged.correlate(Blob)),
+        exists(is_part.correlate(Blob)),
         exists(Upload.digest).where(is_held).correlate(Blob),
+        exists(ToolFile.digest).where(ToolFile.digest == Blob.digest).correlate(Blob),
     )

@@ -18,7 +18,6 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
-    false,
     text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
@@ -46,6 +45,7 @@ class Tenant(Base):
     max_running_steps: Mapped[int | None]
     max_unfinished_jobs: Mapped[int | None]
     max_stored_bytes: Mapped[int | None]
+    max_schedules: Mapped[int | None]
 
 
 class ApiKey(Base):
@@ -59,11 +59,29 @@ class ApiKey(Base):
     prefix: Mapped[str] = mapped_column(String(16), unique=True)
     #: SHA-256 of the whole key; 32 random bytes need no slow hash.
     key_digest: Mapped[str] = mapped_column(String(64))
-    #: Whether its holder may look after the fleet, and see all tenants' work there.
-    is_operator: Mapped[bool] = mapped_column(server_default=false())
+    #: What its holder may do, as `service.ledger.access.Scope` names it, with blanks between.
+    scopes: Mapped[str] = mapped_column(String(64), server_default="read write")
     created_at: Mapped[dt.datetime]
     expires_at: Mapped[dt.datetime | None]
+    #: To the minute.
+    last_used_at: Mapped[dt.datetime | None]
+    #: The key that a rotation has put in its place.
+    replaced_by: Mapped[str | None] = mapped_column(String(32))
     revoked_at: Mapped[dt.datetime | None]
+
+
+class SourceToken(Base):
+    """A tenant's token for a kind of source, sealed with a key that is not in the ledger."""
+
+    __tablename__ = "source_tokens"
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    #: `hub`.
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    sealed: Mapped[str] = mapped_column(Text)
+    #: The beginning of its SHA-256, for people.
+    fingerprint: Mapped[str] = mapped_column(String(32))
+    #: When it was last set.
+    created_at: Mapped[dt.datetime]
 
 
 class Job(Base):
@@ -90,6 +108,8 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(default=0)
     #: The pinned source, once `resolve` has run.
     source: Mapped[dict[str, Any] | None]
+    #: W3C trace context of the request that submitted it; None where nothing is traced.
+    traceparent: Mapped[str | None] = mapped_column(String(55))
     #: Number of the last event; gapless because it is raised under the job's row lock.
     event_count: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[dt.datetime]
@@ -165,6 +185,50 @@ class Worker(Base):
     ended_at: Mapped[dt.datetime | None]
 
 
+class Device(Base):
+    """A phone, by its hardware's serial number, however it is connected; its row is locked while it is claimed."""
+
+    __tablename__ = "devices"
+    id: Mapped[str] = mapped_column(String(100), primary_key=True)
+    #: What it is, as `workers.devices.android` reads it; what selectors are held against.
+    record: Mapped[dict[str, Any]]
+    #: Names that operators give it.
+    tags: Mapped[list[Any]]
+    #: A `DeviceState`.
+    state: Mapped[str] = mapped_column(String(16))
+    #: Why it is not ready; for people.
+    reason: Mapped[str | None] = mapped_column(Text)
+    #: How adb reaches it: its serial numbers there.
+    connections: Mapped[list[Any]]
+    #: The device worker that follows it; no other may claim for it.
+    worker_id: Mapped[str | None] = mapped_column(ForeignKey("workers.id"))
+    registered_at: Mapped[dt.datetime]
+    seen_at: Mapped[dt.datetime]
+
+
+class Tool(Base):
+    """A program that measures on devices, by version and the machine code it is made of."""
+
+    __tablename__ = "tools"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    version: Mapped[str] = mapped_column(String(64))
+    abi: Mapped[str] = mapped_column(String(32))
+    created_at: Mapped[dt.datetime]
+    __table_args__ = (UniqueConstraint("name", "version", "abi"),)
+
+
+class ToolFile(Base):
+    """The program itself, or a library that must lie beside it."""
+
+    __tablename__ = "tool_files"
+    __table_args__ = (Index("ix_tool_files_digest", "digest"),)
+    tool_id: Mapped[str] = mapped_column(ForeignKey("tools.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    size_bytes: Mapped[int]
+
+
 class Step(Base):
     """The unit of work."""
 
@@ -192,6 +256,13 @@ class Step(Base):
             postgresql_where=text("state IN ('queued', 'running')"),
             sqlite_where=text("state IN ('queued', 'running')"),
         ),
+        # What a scrape counts.
+        Index(
+            "ix_steps_waiting",
+            "resource_class",
+            postgresql_where=text("state = 'waiting'"),
+            sqlite_where=text("state = 'waiting'"),
+        ),
         # No more rows than the fleet has slots.
         Index(
             "ix_steps_running",
@@ -199,6 +270,14 @@ class Step(Base):
             "resource_class",
             postgresql_where=text("state = 'running'"),
             sqlite_where=text("state = 'running'"),
+        ),
+        # A device is leased by the step that runs on it, and by one alone.
+        Index(
+            "uq_steps_device",
+            "device_id",
+            unique=True,
+            postgresql_where=text("state = 'running' AND device_id IS NOT NULL"),
+            sqlite_where=text("state = 'running' AND device_id IS NOT NULL"),
         ),
     )
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -217,6 +296,8 @@ class Step(Base):
     #: Fencing token: raised by every claim, demanded by every later write.
     token: Mapped[int] = mapped_column(default=0)
     worker_id: Mapped[str | None] = mapped_column(ForeignKey("workers.id"))
+    #: The phone that it runs on, or ran on last; a step outlives what is known of a phone.
+    device_id: Mapped[str | None] = mapped_column(String(100))
     lease_expires_at: Mapped[dt.datetime | None]
     #: Set when a benchmark's tool starts: from here on the attempt is never repeated by itself.
     pinned_at: Mapped[dt.datetime | None]
@@ -296,6 +377,46 @@ class Upload(Base):
     name: Mapped[str | None] = mapped_column(String(200))
     #: When it was last uploaded.
     created_at: Mapped[dt.datetime]
+
+
+class ResumableUpload(Base):
+    """A file that a tenant sends in pieces; once they are all there, an upload is made of them."""
+
+    __tablename__ = "resumable_uploads"
+    __table_args__ = (
+        Index("ix_resumable_uploads_tenant", "tenant_id", "created_at"),
+        Index("ix_resumable_uploads_expires", "expires_at"),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    #: As the tenant calls it; for people.
+    name: Mapped[str | None] = mapped_column(String(200))
+    #: As announced.
+    size_bytes: Mapped[int]
+    #: What has arrived. Who adds a part demands that nobody else has.
+    offset_bytes: Mapped[int]
+    #: What the whole must be, if the sender has said so.
+    announced_digest: Mapped[str | None] = mapped_column(String(64))
+    #: The upload that was made of it.
+    digest: Mapped[str | None] = mapped_column(String(64))
+    #: Why none could be made.
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[dt.datetime]
+    #: Each part puts it off.
+    expires_at: Mapped[dt.datetime]
+    #: While somebody makes the upload.
+    assembled_until: Mapped[dt.datetime | None]
+
+
+class UploadPart(Base):
+    """A piece of a resumable upload that has arrived."""
+
+    __tablename__ = "upload_parts"
+    __table_args__ = (Index("ix_upload_parts_digest", "digest"),)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("resumable_uploads.id"), primary_key=True)
+    offset_bytes: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    size_bytes: Mapped[int]
 
 
 class JobUpload(Base):
@@ -410,7 +531,7 @@ class Attempt(Base):
     #: Wall time of the child.
     duration_s: Mapped[float | None]
     log_digest: Mapped[str | None] = mapped_column(ForeignKey("blobs.digest"))
-    #: While it runs: the end of what the child has printed, and how many bytes that is in all. Null afterwards.
+    #: Until its log is stored: the end of what the child has printed, and how many bytes that is in all.
     live_log: Mapped[str | None] = mapped_column(Text)
     live_log_bytes: Mapped[int | None]
     started_at: Mapped[dt.datetime]
@@ -463,9 +584,19 @@ class Publication(Base):
     #: Recorded before the manifest is uploaded and reused by a retry.
     manifest_digest: Mapped[str] = mapped_column(String(64))
     manifest: Mapped[str] = mapped_column(Text)
+    #: Of the artifact and its manifest, where the operator signs; a Sigstore bundle.
+    signature: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[dt.datetime]
     #: Set by the fenced finish; until then nobody sees the artifact.
     published_at: Mapped[dt.datetime | None]
+
+
+class Chore(Base):
+    """When something that one worker does for all was begun last."""
+
+    __tablename__ = "chores"
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    begun_at: Mapped[dt.datetime]
 
 
 class Event(Base):

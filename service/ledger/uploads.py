@@ -25,10 +25,14 @@ from service.ledger.tables import Upload
 def enter_upload(
     tx: Transaction, tenant_id: str, file: OutputFile, name: str | None, reprieves: Reprieves | None = None
 ) -> bool:
-    """Enter bytes that are in the store as a tenant's; return whether they are new to it.
+    """Enter bytes that are in the store as a tenant's; return whether they are new to it. Raises `BlobCondemned`."""
+    return add_upload(tx, tenant_id, file, name, reprieves)
 
-    The same bytes again only renew the name and the time. Raises `BlobCondemned`.
-    """
+
+def add_upload(
+    tx: Transaction, tenant_id: str, file: OutputFile, name: str | None, reprieves: Reprieves | None
+) -> bool:
+    """Enter an upload, or renew the name and the time of one with the same bytes; see `enter_upload`."""
     commit_blobs(tx, [file], reprieves)
     is_new = _find(tx.connection, tenant_id, [file.digest]) == set()
     values = {"size_bytes": file.size_bytes, "name": name, "created_at": now()}
@@ -47,18 +51,22 @@ def hold_uploads(tx: Transaction, tenant_id: str, digests: Iterable[str], hold: 
     """
     wanted = sorted(set(digests))
     locks.lock_blobs(tx, wanted)
-    _require(tx.connection, tenant_id, wanted)
+    require_uploads(tx.connection, tenant_id, wanted)
     for digest in wanted:
         tx.connection.execute(insert(hold).values(tenant_id=tenant_id, digest=digest, **holder_id))
 
 
 @reads
+def read_sizes(connection: Connection, tenant_id: str, digests: Iterable[str]) -> dict[str, int]:
+    """Return digest -> bytes of a tenant's uploads; raises `UploadNotFound` unless all of them are there."""
+    wanted = set(digests)
+    require_uploads(connection, tenant_id, wanted)
+    statement = select(Upload.digest, Upload.size_bytes).where(Upload.tenant_id == tenant_id, Upload.digest.in_(wanted))
+    return {row.digest: row.size_bytes for row in connection.execute(statement)}
+
+
 def require_uploads(connection: Connection, tenant_id: str, digests: Iterable[str]) -> None:
-    """Raise `UploadNotFound` unless the tenant has uploaded all of them."""
-    _require(connection, tenant_id, digests)
-
-
-def _require(connection: Connection, tenant_id: str, digests: Iterable[str]) -> None:
+    """Raise `UploadNotFound` unless a tenant has uploaded all of these."""
     missing = sorted(set(digests) - _find(connection, tenant_id, digests))
     if missing:
         raise UploadNotFound(
@@ -76,6 +84,14 @@ def _find(connection: Connection, tenant_id: str, digests: Iterable[str]) -> set
 def read_upload(connection: Connection, tenant_id: str, digest: str) -> dict[str, Any]:
     """Return one upload; raises `NotFound`."""
     return _document(_read_row(connection, tenant_id, digest))
+
+
+def read_document(connection: Connection, tenant_id: str, digest: str) -> dict[str, Any] | None:
+    """Return one upload; None once it is forgotten."""
+    try:
+        return _document(_read_row(connection, tenant_id, digest))
+    except NotFound:
+        return None
 
 
 @reads

@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import Connection, func, literal, select, tuple_
 
 from service.errors import InvalidRequest, NotFound
+from service.ledger.base import Base
 from service.ledger.clock import Instant
 from service.ledger.database import reads
 from service.ledger.states import FINAL_JOB_STATES, JobState
@@ -29,12 +31,31 @@ def read_job(connection: Connection, tenant_id: str, job_id: str) -> dict[str, A
     """Return a job whole: request, variants with artifacts and figures, steps with attempts. Raises `NotFound`."""
     job = find_job(connection, tenant_id, job_id)
     steps = _read_steps(connection, job_id)
-    variants = _read_variants(connection, job_id, steps)
+    return _describe_job(job, _read_variants(connection, job_id, steps), steps)
+
+
+def describe_new_job(
+    job: Mapping[str, Any], variants: Sequence[Mapping[str, Any]], step: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a job whole that was just entered as these rows, as `read_job` would."""
+    first = _step_document(_as_row(Step, step, reused=False), [], [])
+    documents = [_describe_variant(_as_row(Variant, variant), [], [first]) for variant in variants]
+    return _describe_job(_as_row(Job, job), documents, [first])
+
+
+def _as_row(table: type[Base], values: Mapping[str, Any], **more: Any) -> Any:
+    """Return the row that the database would: what was not given is null."""
+    return SimpleNamespace(**(dict.fromkeys(table.__table__.c.keys()) | dict(values) | more))
+
+
+def _describe_job(
+    job: Any, variants: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     return {
         **summarize_job(job),
         "request": job.request,
         "source": job.source,
-        "variants": variants,
+        "variants": list(variants),
         "steps": [_public_step(step, {variant["id"]: variant["name"] for variant in variants}) for step in steps],
     }
 
@@ -133,25 +154,29 @@ def _read_variants(connection: Connection, job_id: str, steps: Sequence[Mapping[
     ):
         artifacts[row.variant_id].append(describe_artifact(row))
     return [
-        {
-            "id": row.id,
-            "name": row.name,
-            "engine": row.engine,
-            "recipe": row.recipe,
-            "state": row.state,
-            "error": row.error,
-            "artifacts": artifacts[row.id],
-            **_proof(row.id, steps),
-            "measurements": [
-                {"format": step["params"]["format"], **step["figures"]}
-                for step in steps
-                if step["kind"] == "benchmark" and step["figures"] and row.id in step["variant_ids"]
-            ],
-        }
+        _describe_variant(row, artifacts[row.id], steps)
         for row in connection.execute(
             select(Variant.__table__).where(Variant.job_id == job_id).order_by(Variant.position)
         )
     ]
+
+
+def _describe_variant(row: Any, artifacts: list[dict[str, Any]], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "engine": row.engine,
+        "recipe": row.recipe,
+        "state": row.state,
+        "error": row.error,
+        "artifacts": artifacts,
+        **_proof(row.id, steps),
+        "measurements": [
+            {"format": step["params"]["format"], **step["figures"]}
+            for step in steps
+            if step["kind"] == "benchmark" and step["figures"] and row.id in step["variant_ids"]
+        ],
+    }
 
 
 def _proof(variant_id: str, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,6 +206,8 @@ def describe_artifact(row: Any) -> dict[str, Any]:
         "url": f"/v1/artifacts/{row.id}",
         "manifest_sha256": row.manifest_digest,
         "manifest_url": f"/v1/artifacts/{row.id}/manifest",
+        "signature_url": f"/v1/artifacts/{row.id}/signature" if row.signature else None,
+        "measurements_url": f"/v1/artifacts/{row.id}/measurements",
         "published_at": _iso(row.published_at),
     }
 
@@ -273,7 +300,7 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
 
 @reads
 def read_artifact(connection: Connection, tenant_id: str, artifact_id: str) -> dict[str, Any]:
-    """Return a published artifact with its manifest text; raises `NotFound`."""
+    """Return a published artifact with its manifest and signature; raises `NotFound`."""
     row = connection.execute(
         select(Publication.__table__).where(
             Publication.id == artifact_id,
@@ -283,7 +310,7 @@ def read_artifact(connection: Connection, tenant_id: str, artifact_id: str) -> d
     ).one_or_none()
     if row is None:
         raise NotFound(f"There is no artifact {artifact_id!r}.", artifact_id=artifact_id)
-    return {**describe_artifact(row), "manifest": row.manifest}
+    return {**describe_artifact(row), "manifest": row.manifest, "signature": row.signature}
 
 
 @reads

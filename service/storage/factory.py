@@ -35,8 +35,10 @@ class S3Options:
     #: boto3's own extra checksums. Since 1.36 its default is `when_supported`, which breaks some servers.
     request_checksum_calculation: Literal["when_required", "when_supported"] = "when_required"
     response_checksum_validation: Literal["when_required", "when_supported"] = "when_required"
-    #: Files above this size go up in parts of at least this size; one part is held in memory.
+    #: Files above this size go up in parts of at least this size, and come down in ranges of it.
     part_size_bytes: int = 16 << 20
+    #: Parts of one file on their way at once.
+    parallel: int = 8
     list_page_size: int = 1000
     connect_timeout_s: float = 10.0
     #: Silence on an open connection, not the length of a transfer.
@@ -68,7 +70,10 @@ def open_configured_store(settings: Settings) -> ObjectStore:
         region=settings.s3_region or None,
         # boto3 would look for a host per bucket, which servers of one's own rarely have.
         addressing="path" if settings.s3_endpoint_url else "auto",
+        upload_checksum=settings.s3_upload_checksum,
         request_checksum_calculation=settings.s3_request_checksums,
-        response_checksum_validation=settings.s3_request_checksums,
+        response_checksum_validation=settings.s3_response_checksums,
+        part_size_bytes=settings.s3_part_bytes,
+        parallel=settings.s3_connections,
     )
     return open_store(settings.object_store_url, s3)

@@ -35,12 +35,12 @@ class FolderStore:
         with disk_errors(self.root):
             (self.root / _UPLOADS).mkdir(parents=True, exist_ok=True)
 
-    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False, anew: bool = False) -> bool:
         """See `ObjectStore.put_file`; an object that is there is read again, so that a damaged one is replaced."""
         with path.open("rb") as stream:
             size_bytes = os.fstat(stream.fileno()).st_size
             chunks = iter(lambda: stream.read(_CHUNK_BYTES), b"")
-            return self._put(key, chunks, sha256, size_bytes, path if is_final else None)
+            return self._put(key, chunks, sha256, None if anew else size_bytes, path if is_final else None)
 
     def put_bytes(self, key: str, data: bytes) -> bool:
         """See `ObjectStore.put_bytes`."""
@@ -70,6 +70,11 @@ class FolderStore:
             if _link(self._locate(key), partial):
                 return _keep_if_whole(key, partial, path, sha256)
         return copy_object(self, key, path, sha256)
+
+    def shares_disk_with(self, folder: Path) -> bool:
+        """See `ObjectStore.shares_disk_with`."""
+        with disk_errors(self.root):
+            return self.root.stat().st_dev == folder.stat().st_dev
 
     def stat(self, key: str) -> StoredObject:
         """See `ObjectStore.stat`."""
@@ -120,11 +125,14 @@ class FolderStore:
     def _locate(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _put(self, key: str, chunks: Iterable[bytes], sha256: str, size_bytes: int, source: Path | None = None) -> bool:
+    def _put(
+        self, key: str, chunks: Iterable[bytes], sha256: str, size_bytes: int | None, source: Path | None = None
+    ) -> bool:
+        """Write an object; one of `size_bytes` with the right digest stays as it is, if a size is given."""
         target = self._locate(key)
         check_digest(sha256)
         with disk_errors(self.root):
-            if self._holds(target, sha256, size_bytes):
+            if size_bytes is not None and self._holds(target, sha256, size_bytes):
                 # Whoever renamed it may not have flushed the folder yet.
                 _flush_folder(target.parent)
                 return False

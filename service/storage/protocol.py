@@ -33,11 +33,12 @@ class ObjectStore(Protocol):
     does not answer, and `DiskFull` (retryable) when there is no space left where it writes.
     """
 
-    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False, anew: bool = False) -> bool:
         """Store the file's bytes, durable when it returns; True if they were written, False if they were there.
 
         `is_final` promises that nobody writes to the file any more: a store on the same disk may then take the file
-        itself, by a hard link, in place of a copy.
+        itself, by a hard link, in place of a copy. `anew` writes even what is there: then the time it takes tells
+        whoever waits nothing about what others have stored.
 
         Bytes are digested as they are sent: `BlobCorrupt` if the file's digest is not `sha256`, and then
         nothing is stored. An object of the same digest and size is left alone; any other is replaced.
@@ -58,6 +59,9 @@ class ObjectStore(Protocol):
         `is_read_only` promises that nobody will write to the file: a store on the same disk may then give its own, by a
         hard link. The file appears only when its digest is right. Raises `BlobMissing` and `BlobCorrupt`.
         """
+
+    def shares_disk_with(self, folder: Path) -> bool:
+        """Whether files below `folder` can be hard links of objects, so that copies there would gain nothing."""
 
     def stat(self, key: str) -> StoredObject:
         """Describe the object, or raise `BlobMissing`."""

@@ -1,7 +1,8 @@
 """Objects in a bucket of an S3-compatible server.
 
 Owns all that EdgeKiln knows of boto3. Uploads are digested while they are sent and carry a checksum that the
-server verifies; large files go up in parts, and an upload that does not complete is aborted.
+server verifies; large files go up in parts and come down in ranges, several at once; an upload that does not complete
+is aborted.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import urllib3
@@ -24,13 +27,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 from service.errors import BlobMissing, EdgeKilnError, StoreUnavailable
 from service.storage.digests import copy_object, digest_bytes, digest_stream, report_corrupt
 from service.storage.keys import check_digest, check_key, check_prefix
+from service.storage.parts import Part, PartBody, copy_ranges, cut, send_parts
 from service.storage.protocol import StoredObject
 
 if TYPE_CHECKING:
     from service.storage.factory import S3Options
 
 _CHUNK_BYTES = 1 << 20
-#: AWS takes 10,000 parts, other servers as few as 1,000.
+#: AWS takes 10,000 parts, other servers as few as 1,000: parts of a terabyte are of a gigabyte, and all take 5 GiB.
 _MAX_PARTS = 1000
 #: User metadata that holds the object's full digest; S3's own is a digest of digests for an object in parts.
 _DIGEST_FIELD = "sha256"
@@ -46,18 +50,18 @@ class S3Store:
         self.options = options
         self._client: Any = _connect(options)
 
-    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False) -> bool:
+    def put_file(self, key: str, path: Path, sha256: str, *, is_final: bool = False, anew: bool = False) -> bool:
         """See `ObjectStore.put_file`; what seems to be there by its size and noted digest is read."""
         check_key(key)
         check_digest(sha256)
         with path.open("rb") as stream:
-            size_bytes = path.stat().st_size
-            if self._holds(key, sha256, size_bytes):
+            size_bytes = os.fstat(stream.fileno()).st_size
+            if not anew and self._holds(key, sha256, size_bytes):
                 return False
             if size_bytes <= self.options.part_size_bytes:
                 self._put_whole(key, stream.read(), sha256)
             else:
-                self._put_parts(key, stream, sha256, size_bytes)
+                self._put_parts(key, stream.fileno(), sha256, size_bytes)
         self._require_size(key, size_bytes)
         return True
 
@@ -92,8 +96,17 @@ class S3Store:
             body.close()
 
     def get_file(self, key: str, path: Path, sha256: str, *, is_read_only: bool = False) -> int:
-        """See `ObjectStore.get_file`."""
-        return copy_object(self, key, path, sha256)
+        """See `ObjectStore.get_file`; a large object comes in ranges, several at once."""
+        check_digest(sha256)
+        size_bytes = self.stat(key).size_bytes
+        if size_bytes <= self.options.part_size_bytes:
+            return copy_object(self, key, path, sha256)
+        parts = cut(size_bytes, self.options.part_size_bytes)
+        return copy_ranges(partial(self.open, key), key, path, sha256, parts, parallel=self.options.parallel)
+
+    def shares_disk_with(self, folder: Path) -> bool:
+        """It does not."""
+        return False
 
     def stat(self, key: str) -> StoredObject:
         """See `ObjectStore.stat`."""
@@ -170,12 +183,17 @@ class S3Store:
     def _put_whole(self, key: str, data: bytes, sha256: str) -> None:
         if digest_bytes(data) != sha256:
             raise report_corrupt(key, sha256, digest_bytes(data), len(data))
+        checksum = self._new_checksum()
+        checksum.update(data)
         with self._errors(key):
             self._client.put_object(
-                **self._address(key), Body=data, Metadata={_DIGEST_FIELD: sha256}, **self._checksum(data)
+                **self._address(key),
+                Body=data,
+                Metadata={_DIGEST_FIELD: sha256},
+                **self._name_checksum(checksum.digest()),
             )
 
-    def _put_parts(self, key: str, stream: IO[bytes], sha256: str, size_bytes: int) -> None:
+    def _put_parts(self, key: str, descriptor: int, sha256: str, size_bytes: int) -> None:
         with self._errors(key):
             algorithm = {"ChecksumAlgorithm": "SHA256"} if self.options.upload_checksum == "sha256" else {}
             created = self._client.create_multipart_upload(
@@ -184,10 +202,18 @@ class S3Store:
         upload_id = created["UploadId"]
         is_complete = False
         try:
-            parts = self._send_parts(key, stream, upload_id, sha256, size_bytes)
+            proofs = send_parts(
+                descriptor,
+                cut(size_bytes, self.options.part_size_bytes, _MAX_PARTS),
+                key,
+                sha256,
+                checksum=self._new_checksum,
+                send=partial(self._send_part, key, upload_id),
+                parallel=self.options.parallel,
+            )
             with self._errors(key):
                 self._client.complete_multipart_upload(
-                    **self._address(key), UploadId=upload_id, MultipartUpload={"Parts": parts}
+                    **self._address(key), UploadId=upload_id, MultipartUpload={"Parts": proofs}
                 )
             is_complete = True
         finally:
@@ -196,36 +222,28 @@ class S3Store:
                 with contextlib.suppress(EdgeKilnError), self._errors(key):
                     self._abort(self.prefix + key, upload_id)
 
-    def _send_parts(
-        self, key: str, stream: IO[bytes], upload_id: str, sha256: str, size_bytes: int
-    ) -> tuple[dict[str, Any], ...]:
-        part_size_bytes = max(self.options.part_size_bytes, -(-size_bytes // _MAX_PARTS))
-        digest = hashlib.sha256()
-        parts: list[dict[str, Any]] = []
-        sent_bytes = 0
-        while data := stream.read(part_size_bytes):
-            digest.update(data)
-            sent_bytes += len(data)
-            number = len(parts) + 1
-            checksum = self._checksum(data)
-            with self._errors(key):
-                answer = self._client.upload_part(
-                    **self._address(key), UploadId=upload_id, PartNumber=number, Body=data, **checksum
-                )
-            proof = {name: value for name, value in checksum.items() if name == "ChecksumSHA256"}
-            parts.append({"PartNumber": number, "ETag": answer["ETag"], **proof})
-        if digest.hexdigest() != sha256:
-            raise report_corrupt(key, sha256, digest.hexdigest(), sent_bytes)
-        return tuple(parts)
+    def _send_part(self, key: str, upload_id: str, part: Part, body: PartBody, digest: bytes) -> dict[str, Any]:
+        checksum = self._name_checksum(digest)
+        with self._errors(key):
+            answer = self._client.upload_part(
+                **self._address(key), UploadId=upload_id, PartNumber=part.number, Body=body, **checksum
+            )
+        proof = {name: value for name, value in checksum.items() if name == "ChecksumSHA256"}
+        return {"PartNumber": part.number, "ETag": answer["ETag"], **proof}
 
     def _abort(self, full_key: str, upload_id: str) -> None:
         with contextlib.suppress(self._client.exceptions.NoSuchUpload):
             self._client.abort_multipart_upload(Bucket=self.bucket, Key=full_key, UploadId=upload_id)
 
-    def _checksum(self, data: bytes) -> dict[str, str]:
+    def _new_checksum(self) -> hashlib._Hash:
         if self.options.upload_checksum == "sha256":
-            return {"ChecksumSHA256": base64.b64encode(hashlib.sha256(data).digest()).decode()}
-        return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+            return hashlib.sha256()
+        return hashlib.md5(usedforsecurity=False)
+
+    def _name_checksum(self, digest: bytes) -> dict[str, str]:
+        """Return the argument by which the server is told the checksum of a request's body."""
+        name = "ChecksumSHA256" if self.options.upload_checksum == "sha256" else "ContentMD5"
+        return {name: base64.b64encode(digest).decode()}
 
     def _read(self, key: str, body: Any) -> Iterator[bytes]:
         while True:
@@ -287,6 +305,8 @@ def _connect(options: S3Options) -> Any:
         connect_timeout=options.connect_timeout_s,
         read_timeout=options.read_timeout_s,
         retries={"mode": "standard", "total_max_attempts": options.attempts},
+        # Several transfers of one process share them; those above are closed after use.
+        max_pool_connections=8 * options.parallel,
         s3={"addressing_style": options.addressing},
         request_checksum_calculation=options.request_checksum_calculation,
         response_checksum_validation=options.response_checksum_validation,
