@@ -45,6 +45,7 @@ PRELOADS: Mapping[str, tuple[str, ...]] = {
     ),
     "convert": ("workers.convert.convert", "workers.convert.reauthored", "workers.verify.reference"),
     "fetch": ("workers.fetch.resolve", "workers.fetch.fetch"),
+    "phone": ("workers.devices.phone",),
 }
 
 
@@ -60,8 +61,10 @@ class StepCode:
     sources: tuple[str, ...]
     #: Inputs that the child reads; None means all.
     reads: tuple[str, ...] | None = None
-    #: Whether the child may use the network, and gets the credential.
+    #: Whether the child may use the network.
     network: bool = False
+    #: Whether it gets the credential of the sources.
+    gets_credential: bool = False
     #: Whether the attempt must never be repeated by itself once the tool has started.
     is_pinned: bool = False
     #: How far its child lets others of the host go first.
@@ -77,17 +80,23 @@ class StepCode:
         return digest.hexdigest()
 
 
+_FETCH_SOURCES = (
+    "workers/fetch/*.py",
+    "service/checkpoint_files.py",
+    "service/strict_json.py",
+    "service/web_addresses.py",
+)
+
 CATALOG: Mapping[str, StepCode] = {
-    "resolve": StepCode("workers.fetch.resolve:run", "fetch", ("workers/fetch/*.py",), network=True),
-    "fetch": StepCode("workers.fetch.fetch:run", "fetch", ("workers/fetch/*.py",), network=True),
+    "resolve": StepCode("workers.fetch.resolve:run", "fetch", _FETCH_SOURCES, network=True, gets_credential=True),
+    "fetch": StepCode("workers.fetch.fetch:run", "fetch", _FETCH_SOURCES, network=True, gets_credential=True),
     "plan": StepCode(
         "workers.fetch.plan:run",
         "light",
         (
-            "workers/fetch/*.py",
+            *_FETCH_SOURCES,
             "workers/convert/architectures/*.py",
             "workers/convert/tokenizer*.py",
-            "service/strict_json.py",
             "service/user_files.py",
         ),
     ),
@@ -154,6 +163,11 @@ CATALOG: Mapping[str, StepCode] = {
         "workers.devices.host:run", "light", ("workers/devices/*.py",), reads=("artifact",), is_pinned=True
     ),
 }
+
+
+#: A benchmark on a phone, in two parts: what may be repeated, and what never is by itself. They talk to an adb server.
+PREPARE_PHONE = StepCode("workers.devices.phone:prepare", "phone", ("workers/devices/*.py",), network=True)
+MEASURE_PHONE = StepCode("workers.devices.phone:measure", "phone", ("workers/devices/*.py",), network=True)
 
 
 def read_toolchain() -> Toolchain:

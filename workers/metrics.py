@@ -32,6 +32,9 @@ _memory_ratio = Histogram(
     buckets=_RATIOS,
     registry=REGISTRY,
 )
+_steps_joined = Counter(
+    "edgekiln_steps_joined", "Steps that plans found done or under way.", ["kind"], registry=REGISTRY
+)
 _store_bytes = Counter("edgekiln_store_bytes", "Bytes of steps moved.", ["direction"], registry=REGISTRY)
 
 
@@ -46,6 +49,11 @@ def record_memory(kind: str, predicted_bytes: int | None, used_bytes: int | None
         _memory_ratio.labels(kind).observe(used_bytes / predicted_bytes)
 
 
-def record_bytes(direction: Literal["read", "written"], size_bytes: int) -> None:
-    """Count bytes between the store and a step's folder."""
+def record_reuse(kind: str) -> None:
+    """Count a step that a plan did not have to make."""
+    _steps_joined.labels(kind).inc()
+
+
+def record_bytes(direction: Literal["read", "cached", "written"], size_bytes: int) -> None:
+    """Count bytes between the store, or this host's cache of it, and a step's folder."""
     _store_bytes.labels(direction).inc(size_bytes)

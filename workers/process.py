@@ -10,7 +10,7 @@ import logging
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from service.ledger import access, claims, fleet, housekeeping, schedules
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.machine import count_memory_bytes, find_usable_cores
+from service.queue import PRUNE_S
 from service.settings import Settings
 from service.sources import admit_source
 from service.storage import open_configured_store
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 #: How long the end of a worker waits for a sweep that is under way, whose call to the ledger may hang.
 _JOIN_S = 5.0
+#: How often a worker looks whether housekeeping is due; one row is read.
+_HOUSEKEEPING_LOOK_S = 60.0
 
 
 def identify_host() -> str:
@@ -52,7 +55,11 @@ class WorkerProcess:
         settings: Settings,
         poke: Callable[[Iterable[str]], None],
         toolchain: Toolchain | None = None,
+        *,
+        slots: Mapping[str, int] | None = None,
+        runner_type: type[Runner] = Runner,
     ) -> None:
+        """`slots`: what it runs at once, of each class (default: as set); `runner_type`: how steps are run."""
         self._settings = settings
         migrate(settings.ledger_url)
         self.database = Database(settings.ledger_url, poke)
@@ -68,7 +75,7 @@ class WorkerProcess:
             cores=cores,
             memory_bytes=count_memory_bytes(),
             memory_limit_bytes=settings.memory_limit_bytes,
-            slots=settings.slots(),
+            slots=settings.slots() if slots is None else slots,
             toolchain=toolchain,
             isolation=isolation,
             disk_bytes=disk.total,
@@ -77,7 +84,7 @@ class WorkerProcess:
         self._work_dir = WorkDir(settings.work_dir, self.worker_id)
         self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
         self.store = open_configured_store(settings)
-        self.runner = Runner(
+        self.runner = runner_type(
             settings,
             self.database,
             self.store,
@@ -87,12 +94,17 @@ class WorkerProcess:
             self._work_dir.path,
             inputs_are_read_only=isolation["files"] == "landlock",
         )
+        self._refusals: schedules.Refusals = {}
         self._closed = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        #: Set when somebody asks for housekeeping, and at the end.
+        self._housekeeping = threading.Event()
+        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeping", daemon=True)
 
     def start(self) -> None:
         """Begin to sweep, and say which worker this is to whoever checks its health."""
         self._sweeper.start()
+        self._housekeeper.start()
         if self._settings.worker_file:
             Path(self._settings.worker_file).write_text(f"{self.worker_id}\n")
 
@@ -100,6 +112,24 @@ class WorkerProcess:
         """Claim nothing more and give running steps back; returns at once."""
         self.runner.shut_down()
         self._closed.set()
+        self._housekeeping.set()
+
+    def ask_for_housekeeping(self) -> None:
+        """Let this worker's housekeeper look now whether it is time; returns at once."""
+        self._housekeeping.set()
+
+    def _keep_house(self) -> None:
+        """Do the fleet's housekeeping when it is due and no other worker does, for ever; no step waits for it."""
+        while not self._closed.is_set():
+            try:
+                if housekeeping.take_chore(self.database, "prune", PRUNE_S):
+                    self.prune()
+            except (SQLAlchemyError, EdgeKilnError) as error:
+                log.warning("housekeeping could not reach the ledger: %s", error)
+            except Exception:
+                log.exception("housekeeping failed; the next round may not")
+            self._housekeeping.wait(_HOUSEKEEPING_LOOK_S)
+            self._housekeeping.clear()
 
     def prune(self) -> None:
         """Remove what ledger and store need not keep: old bookkeeping, unused files, remains of unfinished uploads."""
@@ -118,16 +148,16 @@ class WorkerProcess:
     def fire_schedules(self) -> None:
         """Fire the schedules' ticks that have come."""
         admit = partial(admit_source, settings=self._settings)
-        for tick in schedules.fire_due(self.database, admit, max_variants=self._settings.max_variants):
+        for tick in schedules.fire_due(self.database, admit, self._refusals, max_variants=self._settings.max_variants):
             log.info("schedule %s, tick of %s: %s %s", tick.name, tick.tick_at, tick.outcome, tick.job_id or "")
 
     def trim_cache(self) -> None:
-        """Keep this host's partial downloads within their bounds."""
+        """Keep this host's partial downloads and blobs within their bounds."""
         settings = self._settings
-        for download, why in trim_cache(
+        for item, why in trim_cache(
             settings.cache_dir, max_bytes=settings.max_cache_bytes, keep_s=settings.keep_cache_s
         ):
-            log.info("deleted %s (%d bytes): %s", download.path.name, download.size_bytes, why)
+            log.info("deleted %s (%d bytes): %s", item.path.name, item.size_bytes, why)
 
     def close(self) -> None:
         """End the zygotes and give the connections back."""
@@ -135,6 +165,8 @@ class WorkerProcess:
         self.sandbox.close()
         if self._sweeper.is_alive():
             self._sweeper.join(_JOIN_S)
+        if self._housekeeper.is_alive():
+            self._housekeeper.join(_JOIN_S)
         try:
             fleet.end_worker(self.database, self.worker_id)
         except (SQLAlchemyError, EdgeKilnError) as error:
@@ -148,6 +180,7 @@ class WorkerProcess:
             try:
                 free_bytes = shutil.disk_usage(self._settings.work_dir).free
                 fleet.beat_worker(self.database, self.worker_id, free_bytes)
+                claims.shorten_leases(self.database, self.runner.policy)
                 claims.end_hopeless_steps(self.database, self.runner.policy)
                 self.database.poke(claims.due_classes(self.database))
                 self.fire_schedules()

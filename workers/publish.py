@@ -10,21 +10,26 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from service import gates
+from service.devices import keep_one_kind
 from service.errors import GateRefused
 from service.ledger import claims, publications
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, canonical_json
-from service.requests import parse_request
+from service.requests import parse_request, write_source
+from service.signing import Signer, manifest_name
 from service.storage import ObjectStore, blob_key, manifest_key
 
 #: Version of the manifest's layout: add fields, never rename them.
 MANIFEST_SCHEMA = "edgekiln/manifest/1"
 
 
-def publish(database: Database, store: ObjectStore, claim: claims.Claim, toolchain: Toolchain) -> dict[str, Any]:
+def publish(
+    database: Database, store: ObjectStore, claim: claims.Claim, toolchain: Toolchain, signer: Signer | None = None
+) -> dict[str, Any]:
     """Publish a variant's artifacts and return the figures of the step.
 
     Raises `GateRefused` when a figure misses a gate, `LeaseLost`, and the store's errors (retryable).
@@ -35,6 +40,8 @@ def publish(database: Database, store: ObjectStore, claim: claims.Claim, toolcha
     # 2. write the manifests and record them; those of an earlier attempt stay in force
     provenance = publications.read_provenance(database, claim)
     drafts = [_draft(kind, claim, provenance, toolchain, figures, verdicts) for kind in claim.params["formats"]]
+    if signer is not None:
+        drafts = [replace(draft, signature=_sign(draft, signer)) for draft in drafts]
     drafts = publications.record_publications(database, claim, drafts)
     for draft in drafts:
         # Nothing becomes visible whose bytes the store has lost.
@@ -54,7 +61,7 @@ def collect_figures(claim: claims.Claim) -> dict[str, Any]:
     merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
     benchmarks = [supplier.figures for supplier in suppliers if supplier.kind == "benchmark"]
     if benchmarks:
-        merged["benchmark"] = gates.merge_benchmarks(benchmarks)
+        merged["benchmark"] = gates.merge_benchmarks(keep_one_kind(benchmarks))
     return merged
 
 
@@ -105,6 +112,10 @@ def _draft(
     return publications.Draft(kind, name, output.digest, output.size_bytes, digest, manifest)
 
 
+def _sign(draft: publications.Draft, signer: Signer) -> str:
+    return signer.sign(draft.name, {draft.name: draft.digest, manifest_name(draft.name): draft.manifest_digest})
+
+
 def _describe_checkpoint(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {"digest": figures["checkpoint_digest"], "files": figures["files"]}
 
@@ -127,15 +138,14 @@ def _weakest(levels: Any) -> str:
 
 def _repeat_command(kind: str, claim: claims.Claim, provenance: publications.Provenance) -> str:
     """The command that makes this artifact again."""
-    source = provenance.source
-    place = source["path"] if source.get("kind") == "folder" else f"hf://{source['repo']}@{source['revision']}"
+    request = parse_request(provenance.request)
+    place = write_source(provenance.source, request.source)
     lengths = claim.inputs["convert"].params
     words = ["edgekiln", "convert", place, "-o", "out", "--engine", claim.params["engine"]]
     words += ["--recipe", claim.params["recipe"], "--format", kind]
     for length in lengths["prefill_lengths"]:
         words += ["--prefill", str(length)]
     words += ["--context", str(lengths["context_length"])]
-    request = parse_request(provenance.request)
     if request.ignore_custom_code:
         words.append("--ignore-custom-code")
     if "settings" in claim.params:

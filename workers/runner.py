@@ -17,44 +17,46 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from service.errors import (
     DiskFull,
     EdgeKilnError,
     LeaseLost,
-    LedgerBusy,
     MemoryInsufficient,
     RemoteError,
     ToolchainChanged,
     describe_bug,
 )
+from service.host_cache import download_folder, make_download_folder
 from service.ledger import claims, fleet, results
 from service.ledger.blobs import Reprieves, commit_uploaded
-from service.ledger.database import Database
+from service.ledger.database import LEDGER_AWAY, Database
+from service.ledger.graph import ReusedStep
 from service.ledger.keys import Toolchain, digest_json
 from service.process_log import bound
 from service.settings import Settings
+from service.signing import Signer
 from service.storage import ObjectStore
-from workers.catalog import CATALOG
-from workers.fetch.partial_downloads import prepare_folder
+from service.tracing import Span, attempt_span, span
+from workers.blob_cache import BlobCache
+from workers.catalog import CATALOG, StepCode
 from workers.keeper import LeaseKeeper
 from workers.live_log import LiveLog
-from workers.metrics import Outcome, record_attempt, record_memory
+from workers.metrics import Outcome, record_attempt, record_memory, record_reuse
 from workers.publish import publish
 from workers.sandbox import ChildResult, Limits, Sandbox, StopReason
+from workers.source_access import describe_access, find_credential
 from workers.transfer import Transfer
+from workers.uploads import adopt_uploads, is_uploaded
 
 log = logging.getLogger(__name__)
 
-#: The ledger does not answer, or not in time, or its disk is full. Not what a wrong statement raises: that is a bug.
-_LEDGER_AWAY = (OperationalError, InterfaceError, LedgerBusy)
 #: Progress is written to the ledger at most this often.
 _PROGRESS_S = 1.0
 #: Between two tries to end a step while the ledger is away.
@@ -80,6 +82,7 @@ class Runner:
         self._settings = settings
         self._database = database
         self._store = store
+        self._blobs = BlobCache(settings.cache_dir, store, settings.max_cache_bytes)
         self._sandbox = sandbox
         self._worker_id = worker_id
         self._toolchain = toolchain
@@ -87,7 +90,16 @@ class Runner:
         self._inputs_are_read_only = inputs_are_read_only
         # The host that measures chooses the threads: it may have more or fewer cores than this one.
         self._benchmark = {"processes": settings.benchmark_processes}
+        self._signer = Signer(Path(settings.signing_key_file)) if settings.signing_key_file else None
         self._shutdown = threading.Event()
+        self._slots = settings.slots()
+        #: How many steps of a class run here now.
+        self._running: Counter[str] = Counter()
+        self._count_lock = threading.Lock()
+        #: One claim at a time: a host's claims wait for each other in the ledger, each with a connection.
+        self._claim_lock = threading.Lock()
+        #: Class -> when the last claim began that found nothing.
+        self._empty_at: dict[str, float] = {}
         self.policy = claims.LeasePolicy(
             lease_s=settings.lease_s,
             benchmark_patience_s=settings.benchmark_patience_s,
@@ -102,24 +114,65 @@ class Runner:
 
     def run_next(self, resource_class: str) -> bool:
         """Claim and run one step of a class; return whether there was one."""
-        if self._shutdown.is_set():
-            return False
-        claim = claims.claim_next(self._database, self._worker_id, resource_class, self.policy)
+        claim = self._claim(resource_class, time.monotonic())
         if claim is None:
             return False
+        self._perform(claim)
+        return True
+
+    def _perform(self, claim: claims.Claim) -> Outcome:
+        """Run a claimed step to its end, whatever that is; return how its attempt ended."""
         started = time.monotonic()
         outcome: Outcome = "lost"
         try:
-            with bound(step=claim.step_id, kind=claim.kind, attempt=claim.token, job=claim.job_id):
+            with (
+                bound(step=claim.step_id, kind=claim.kind, attempt=claim.token, job=claim.job_id),
+                attempt_span(f"step {claim.kind}", claim.traceparents.items(), **_describe(claim)) as attempt,
+            ):
                 log.info("running")
-                outcome = self._run(claim)
+                outcome = self._run(claim, attempt)
+                attempt.note(outcome=outcome)
+                if outcome in ("failed", "retried", "lost"):
+                    attempt.fail(outcome)
         finally:
             record_attempt(claim.kind, outcome, time.monotonic() - started)
-            # A slot, or the whole host, is free again: whoever found it taken must be woken.
-            self._database.poke(claims.due_classes(self._database))
-        return True
+            self._count(claim.resource_class, -1)
+            self._wake_others()
+        return outcome
 
-    def _run(self, claim: claims.Claim) -> Outcome:
+    def _claim(self, resource_class: str, woken_at: float) -> claims.Claim | None:
+        """Claim a step, unless it is known here that there is none for this message, or no slot for it."""
+        with self._claim_lock:
+            # What becomes due while all slots are taken is poked when one of them is free again.
+            is_full = self._running[resource_class] >= self._slots.get(resource_class, 0)
+            # Of several messages that came together, one finds that nothing is left.
+            is_empty = self._empty_at.get(resource_class, woken_at) > woken_at
+            if is_full or is_empty or self._shutdown.is_set():
+                return None
+            begun = time.monotonic()
+            try:
+                claim = claims.claim_next(self._database, self._worker_id, resource_class, self.policy)
+            except LEDGER_AWAY as error:
+                log.warning("cannot reach the ledger to claim a step (the sweep will wake us): %s", error)
+                return None
+            if claim is None:
+                self._empty_at[resource_class] = begun
+            else:
+                self._count(resource_class, 1)
+            return claim
+
+    def _wake_others(self) -> None:
+        """Wake whoever found a slot, or the whole host, taken: it is free again."""
+        try:
+            self._database.poke(claims.due_classes(self._database))
+        except LEDGER_AWAY as error:
+            log.warning("cannot reach the ledger to wake others (the sweep will): %s", error)
+
+    def _count(self, resource_class: str, change: int) -> None:
+        with self._count_lock:
+            self._running[resource_class] += change
+
+    def _run(self, claim: claims.Claim, attempt: Span) -> Outcome:
         """Perform a claimed step; return how the attempt ended."""
         step_dir = self._work_dir / f"{claim.step_id}-{claim.token}"
         usage = results.Usage()
@@ -129,6 +182,7 @@ class Runner:
                 transfer = Transfer(
                     self._database,
                     self._store,
+                    self._blobs,
                     claim,
                     keeper,
                     self._shutdown,
@@ -138,11 +192,15 @@ class Runner:
                     self._check_toolchain(claim)
                     self._check_memory(claim)
                     if claim.kind == "publish":
-                        figures = publish(self._database, self._store, claim, self._toolchain)
+                        with span("publish"):
+                            figures = publish(self._database, self._store, claim, self._toolchain, self._signer)
                         success = results.Success(figures)
+                    elif is_uploaded(claim):
+                        success = adopt_uploads(self._database, self._store, claim)
                     else:
                         result = self._run_child(claim, step_dir, transfer, keeper)
                         usage = self._measure(result)
+                        attempt.note(peak_anon_bytes=usage.peak_anon_bytes, peak_rss_bytes=usage.peak_rss_bytes)
                         if result.stopped is not None:
                             return self._end_stopped(claim, result.stopped, result, usage, transfer)
                         if result.error is not None:
@@ -150,21 +208,29 @@ class Runner:
                             raise result.error
                         record_memory(claim.kind, claim.predicted_peak_anon_bytes, usage.peak_anon_bytes)
                         output_dir = result.output_dir
-                        outputs = transfer.store_outputs(output_dir)
-                        usage = self._add_log(usage, result, transfer)
+                        with span("upload outputs") as uploading:
+                            outputs = transfer.store_outputs(output_dir)
+                            usage = self._add_log(usage, result, transfer)
+                            uploading.note(bytes=transfer.written_bytes)
+                        attempt.note(read_bytes=transfer.read_bytes, written_bytes=transfer.written_bytes)
                         success = results.Success(result.figures or {}, outputs, usage)
-                    self._finish(claim, success, output_dir, transfer, keeper)
+                    with span("commit"):
+                        reused = self._finish(claim, success, output_dir, transfer, keeper)
+                    for step in reused:
+                        record_reuse(step.kind)
+                        with span(f"step {step.kind}", step_id=step.id, step_key=step.key, reused=True):
+                            pass
                     log.info("finished")
                     if claim.kind == "fetch":
                         shutil.rmtree(self._download_dir(claim), ignore_errors=True)
                     return "succeeded"
-                except (LeaseLost, *_LEDGER_AWAY):
+                except (LeaseLost, *LEDGER_AWAY):
                     raise
                 except Exception as error:
                     return self._end_badly(claim, error, usage, step_dir)
         except LeaseLost:
             log.warning("lost; nothing was written")
-        except _LEDGER_AWAY as error:
+        except LEDGER_AWAY as error:
             # No fault of the step: when its lease has run out it is taken up again.
             log.warning("cannot reach the ledger to end the step: %s", error)
         finally:
@@ -190,62 +256,72 @@ class Runner:
             raise MemoryInsufficient.from_prediction(claim.kind, predicted_bytes, largest_bytes or limit_bytes)
 
     def _run_child(self, claim: claims.Claim, step_dir: Path, transfer: Transfer, keeper: LeaseKeeper) -> ChildResult:
-        code = CATALOG[claim.kind]
-        inputs = transfer.place_inputs(step_dir / "inputs")
+        with span("fetch inputs") as fetching:
+            inputs = transfer.place_inputs(step_dir / "inputs")
+            fetching.note(bytes=transfer.read_bytes)
         if claim.kind in ("resolve", "fetch") and self._settings.convert_slots:
             # A checkpoint will be converted, perhaps here: import the converter meanwhile.
             self._sandbox.warm("convert")
-        if code.is_pinned:
+        if CATALOG[claim.kind].is_pinned:
             claims.pin_attempt(self._database, claim)
-        return self._sandbox.run(
-            code.target,
-            self._params(claim),
-            inputs,
-            step_dir,
-            pool=code.pool,
-            network=code.network,
-            limits=Limits(
-                deadline_s=self._settings.deadline_s(claim.resource_class),
-                memory_bytes=self._settings.memory_limit_bytes,
-            ),
-            on_progress=self._reporter(claim, keeper),
-            should_stop=self._watcher(claim, keeper, step_dir / "log.txt"),
-            credential=(self._settings.hub_token or None) if code.network else None,
-            writable=[self._download_dir(claim)] if claim.kind == "fetch" else (),
-            niceness=code.niceness,
-            poll_s=self._settings.cancel_poll_s / 2,
-        )
+        return self._start_child(claim, CATALOG[claim.kind], self._params(claim), inputs, step_dir, keeper)
+
+    def _start_child(
+        self,
+        claim: claims.Claim,
+        code: StepCode,
+        params: dict[str, Any],
+        inputs: dict[str, Path],
+        step_dir: Path,
+        keeper: LeaseKeeper,
+    ) -> ChildResult:
+        """Run a step's code in a child until all its processes are gone."""
+        show = partial(claims.report_log, self._database, claim)
+        with span("child", pool=code.pool) as running, LiveLog(step_dir / "log.txt", show):
+            result = self._sandbox.run(
+                code.target,
+                params,
+                inputs,
+                step_dir,
+                pool=code.pool,
+                network=code.network,
+                limits=Limits(
+                    deadline_s=self._settings.deadline_s(claim.resource_class),
+                    memory_bytes=self._settings.memory_limit_bytes,
+                ),
+                on_progress=self._reporter(claim, keeper),
+                should_stop=self._watcher(keeper),
+                credential=find_credential(self._settings, self._database, claim) if code.gets_credential else None,
+                writable=[self._download_dir(claim)] if claim.kind == "fetch" else (),
+                niceness=code.niceness,
+                poll_s=self._settings.cancel_poll_s / 2,
+            )
+            running.note(
+                peak_rss_bytes=result.peak_rss_bytes, peak_anon_bytes=result.peak_anon_bytes, isolation=result.isolation
+            )
+            if result.error is not None:
+                running.fail(result.error.code)
+        return result
 
     def _params(self, claim: claims.Claim) -> dict[str, Any]:
         """The step's parameters, and what only this host knows; the latter never enters a key."""
         params = dict(claim.params)
         if claim.kind == "fetch":
-            downloads = self._download_dir(claim)
-            params["cache_dir"] = str(prepare_folder(downloads.parent, downloads.name))
-        if params.get("source", {}).get("kind") == "hub" and self._settings.hub_endpoint:
-            params["source"] = {"endpoint": self._settings.hub_endpoint, **params["source"]}
+            params["cache_dir"] = str(make_download_folder(self._settings.cache_dir, _download_key(claim)))
+        if CATALOG[claim.kind].network:
+            params |= describe_access(self._settings, params["source"])
         return params
 
     def _download_dir(self, claim: claims.Claim) -> Path:
-        """Where partial downloads wait for the next attempt; no two tenants share one, though keys may be equal."""
-        return self._settings.cache_dir / "downloads" / digest_json([claim.tenant_id, claim.key])
+        return download_folder(self._settings.cache_dir, _download_key(claim))
 
-    def _watcher(self, claim: claims.Claim, keeper: LeaseKeeper, log_path: Path) -> Callable[[], StopReason | None]:
-        """Return what says whether the run must stop, and meanwhile shows what it prints."""
-        live_log = LiveLog(log_path)
+    def _watcher(self, keeper: LeaseKeeper) -> Callable[[], StopReason | None]:
+        """Return what says whether the run must stop; it never waits."""
 
         def watch() -> StopReason | None:
             if keeper.is_lost:
                 return StopReason.LEASE_LOST
-            if self._shutdown.is_set():
-                return StopReason.SHUTDOWN
-            try:
-                if news := live_log.read_news():
-                    claims.report_log(self._database, claim, *news)
-            except (*_LEDGER_AWAY, OSError) as error:
-                # Nothing depends on it: the whole log is stored at the end.
-                log.warning("cannot show the log: %s", error)
-            return None
+            return StopReason.SHUTDOWN if self._shutdown.is_set() else None
 
         return watch
 
@@ -259,7 +335,7 @@ class Runner:
             last_s = time.monotonic()
             try:
                 claims.report_progress(self._database, claim, message, fraction)
-            except _LEDGER_AWAY as error:
+            except LEDGER_AWAY as error:
                 # The keeper judges how long the step may go on without the ledger.
                 log.warning("cannot report progress: %s", error)
 
@@ -305,22 +381,22 @@ class Runner:
 
     def _finish(
         self, claim: claims.Claim, success: results.Success, output_dir: Path, transfer: Transfer, keeper: LeaseKeeper
-    ) -> None:
-        """Commit what a step yields, once the ledger is there, while the lease holds.
+    ) -> Sequence[ReusedStep]:
+        """Commit what a step yields, once the ledger is there, while the lease holds; return what it found done.
 
         Outputs are uploaded again where the sweep was about to delete them.
         """
 
-        def commit(reprieves: Reprieves) -> None:
+        def commit(reprieves: Reprieves) -> Sequence[ReusedStep]:
             armed = replace(success, reprieves=reprieves)
-            results.finish_step(self._database, claim, armed, self._toolchain, self._benchmark)
+            return results.finish_step(self._database, claim, armed, self._toolchain, self._benchmark)
 
         while True:
             keeper.check()
             try:
                 again = partial(transfer.store_again, output_dir, success.outputs)
                 return commit_uploaded(self._database, commit, again)
-            except _LEDGER_AWAY as error:
+            except LEDGER_AWAY as error:
                 if self._shutdown.is_set():
                     raise
                 log.warning("cannot reach the ledger to finish yet: %s", error)
@@ -344,6 +420,26 @@ class Runner:
             return "failed"
         log.info("will be tried again")
         return "retried"
+
+
+def _download_key(claim: claims.Claim) -> str:
+    """Name the folder of a fetch's partial downloads; no two tenants share one, though their keys may be equal."""
+    return digest_json([claim.tenant_id, claim.key])
+
+
+def _describe(claim: claims.Claim) -> dict[str, Any]:
+    """Return what a trace says of an attempt; parameters and errors' words are the tenant's and stay here."""
+    return {
+        "step_id": claim.step_id,
+        "step_kind": claim.kind,
+        "step_key": claim.key,
+        "attempt": claim.token,
+        "job_id": claim.job_id or next(iter(claim.traceparents), None),
+        "resource_class": claim.resource_class,
+        "worker_id": claim.worker_id,
+        "reused": False,
+        "predicted_peak_anon_bytes": claim.predicted_peak_anon_bytes,
+    }
 
 
 def _name_failure(error: Exception) -> EdgeKilnError:

@@ -18,5 +18,5 @@ def register(app: Celery, process: WorkerProcess) -> None:
 
     @app.task(name=PRUNE_TASK, ignore_result=True)
     def prune() -> None:
-        """Remove what ledger and store need not keep."""
-        process.prune()
+        """Let the housekeeper look whether it is time; it does so by itself, too, when this waits behind steps."""
+        process.ask_for_housekeeping()

@@ -1,4 +1,4 @@
-"""Bytes of one attempt, between the store and the step's own folder.
+"""Bytes of one attempt, between the store, or this host's cache of it, and the step's own folder.
 
 Every file is checked against its digest on the way in, and digested on the way out. Knows no child and changes no
 state, but for one: nobody may join a step whose bytes turn out to be gone. Used by `workers.runner` only.
@@ -18,6 +18,7 @@ from service.ledger.blobs import OutputFile
 from service.ledger.database import Database
 from service.storage import ObjectStore, blob_key, digest_file
 from service.user_files import UPLOAD_FILE
+from workers.blob_cache import BlobCache
 from workers.catalog import CATALOG
 from workers.keeper import LeaseKeeper
 from workers.metrics import record_bytes
@@ -37,6 +38,7 @@ class Transfer:
         self,
         database: Database,
         store: ObjectStore,
+        blobs: BlobCache,
         claim: claims.Claim,
         keeper: LeaseKeeper,
         shutdown: threading.Event,
@@ -45,10 +47,14 @@ class Transfer:
     ) -> None:
         self._database = database
         self._store = store
+        self._blobs = blobs
         self._claim = claim
         self._keeper = keeper
         self._shutdown = shutdown
         self._inputs_are_read_only = inputs_are_read_only
+        #: What was moved so far.
+        self.read_bytes = 0
+        self.written_bytes = 0
 
     def place_inputs(self, folder: Path) -> dict[str, Path]:
         """Copy what the step reads below `folder`, one folder an input; an upload is a file called `UPLOAD_FILE`."""
@@ -70,10 +76,7 @@ class Transfer:
             path = folder / output.name
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._store.get_file(
-                    blob_key(output.digest), path, output.digest, is_read_only=self._inputs_are_read_only
-                )
-                record_bytes("read", path.stat().st_size)
+                self._get_file(output.digest, path)
             except (BlobMissing, BlobCorrupt):
                 # Nobody may join work whose bytes are gone; a retry makes it again.
                 results.retire_step(self._database, supplier.step_id)
@@ -83,15 +86,29 @@ class Transfer:
         self._keeper.check()
         folder.mkdir(parents=True)
         try:
-            self._store.get_file(
-                blob_key(digest), folder / UPLOAD_FILE, digest, is_read_only=self._inputs_are_read_only
-            )
+            self._get_file(digest, folder / UPLOAD_FILE)
         except (BlobMissing, BlobCorrupt) as error:
             raise type(error)(
                 f"The {name.replace('_', ' ')} that was uploaded as {digest} is missing or damaged in the store. "
                 "Upload the file again, then retry the job.",
                 digest=digest,
             ) from error
+
+    def _get_file(self, digest: str, path: Path) -> None:
+        was_cached = self._blobs.get_file(
+            digest, path, is_read_only=self._inputs_are_read_only, check=self._keeper.check
+        )
+        size_bytes = path.stat().st_size
+        self.read_bytes += size_bytes
+        record_bytes("cached" if was_cached else "read", size_bytes)
+
+    def place_files(self, folder: Path, files: Mapping[str, str]) -> Path:
+        """Copy files that a step needs besides its inputs (name -> digest) into a folder, and return it."""
+        folder.mkdir(parents=True)
+        for name, digest in files.items():
+            self._keeper.check()
+            self._get_file(digest, folder / name)
+        return folder
 
     def store_outputs(self, output_dir: Path) -> list[OutputFile]:
         """Upload every file below a folder and return them by their relative names."""
@@ -113,7 +130,9 @@ class Transfer:
         while True:
             self._keeper.check()
             try:
-                return self.store_file(path, name)
+                output = self.store_file(path, name)
+                self._blobs.keep(output.digest, path)
+                return output
             except StoreUnavailable as error:
                 if self._shutdown.is_set() or time.monotonic() + pause_s > give_up_at:
                     raise
@@ -125,5 +144,6 @@ class Transfer:
         """Upload one file; the child that wrote it has ended, with all its processes."""
         digest, size_bytes = digest_file(path)
         self._store.put_file(blob_key(digest), path, digest, is_final=True)
+        self.written_bytes += size_bytes
         record_bytes("written", size_bytes)
         return OutputFile(name, digest, size_bytes)

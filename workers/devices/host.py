@@ -1,14 +1,12 @@
-"""Step `benchmark` on this host: the first device.
+"""Step `benchmark` on this host.
 
-Owns starting fresh processes, watching their memory and turning their answers into one measurement. The first
-process builds the runtime's caches and reads the file from disk: it is the figure `cold` and is never pooled. Called by
+Owns starting fresh processes and watching their memory; what they amount to is `workers.devices.capture`'s. Called by
 `workers.runner`, or by hand: `python -m workers.devices.host --input artifact=DIR --params '{...}' -o OUT`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import select
@@ -16,27 +14,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import workers
 from service.errors import BenchmarkFailed
 from service.recipes import FORMATS, require_known
+from workers.devices.capture import Device, find_fault, measure
 from workers.devices.conditions import describe_host, describe_tools, read_conditions, read_process_memory
-from workers.devices.statistics import Verdict, judge, percentiles, summarize, worst
 from workers.steps import Progress, run_by_hand
 
 _DEFAULTS: dict[str, Any] = {
     "device": "host",
+    "backend": "cpu",
     "processes": 5,
     "prefill_tokens": 128,
     "decode_tokens": 128,
     "threads": None,
     "process_deadline_s": 600.0,
 }
-#: Figures of a bundle, one sample a process.
-_BUNDLE_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "init_s")
 #: Anonymous memory has no high-water mark in the kernel, so it is sampled this often.
 _MEMORY_PERIOD_S = 0.02
 _LOG_LINES = 20
@@ -50,39 +48,27 @@ def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path,
     """Measure `model.<format>` in `inputs["artifact"]` and return one measurement; see `StepFunction`.
 
     `params`: `format`, and optionally `processes` (5, beside the cold one), `prefill_tokens`, `decode_tokens`,
-    `threads` (default: the usable cores), `process_deadline_s`. Writes `samples.json`: every sample of every
+    `threads` (default: the usable cores), `process_deadline_s`. Writes `measurement.json`: every sample of every
     process. Raises `BenchmarkFailed` when a process fails, hangs, or reports a missing or zero figure.
     """
     asked = _read_params(params)
     model = (inputs["artifact"] / f"model.{asked['format']}").absolute()
     if not model.is_file():
         raise BenchmarkFailed(f"There is no {model.name} in {inputs['artifact']} to benchmark.")
-    device = {**describe_host(), "tools": describe_tools("ai-edge-litert", "litert-lm")}
-    before = read_conditions()
-    samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        for number in range(asked["processes"] + 1):
-            label = "cold process" if number == 0 else f"process {number} of {asked['processes']}"
-            progress(f"benchmark {model.name} on the host: {label}", number / (asked["processes"] + 1))
-            samples.append(_measure_once(asked, model, Path(scratch), label))
-    conditions = {"before": before, "after": read_conditions()}
-    document = {"device": device, "conditions": conditions, "request": asked, "cold": samples[0], "warm": samples[1:]}
-    (output_dir / "samples.json").write_text(json.dumps(document, indent=1))
-    figures = _summarize(asked, samples[0], samples[1:])
-    return {
-        "device": device,
-        "conditions": conditions,
-        "backend": "cpu",
-        "threads": asked["threads"],
-        "format": asked["format"],
-        **figures,
-    }
+        device = Device(
+            record={**describe_host(), "tools": describe_tools("ai-edge-litert", "litert-lm")},
+            run_process=partial(_measure_once, asked, model, Path(scratch)),
+            read_conditions=read_conditions,
+        )
+        return measure(device, asked, output_dir, progress)
 
 
 def _read_params(params: Mapping[str, Any]) -> dict[str, Any]:
     asked = {**_DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
     require_known("format", asked["format"], FORMATS)
     require_known("device", asked["device"], ("host",))
+    require_known("backend", asked["backend"], ("cpu",))
     if asked["threads"] is None:
         asked["threads"] = len(os.sched_getaffinity(0))
     return asked
@@ -114,7 +100,7 @@ def _measure_once(asked: Mapping[str, Any], model: Path, scratch: Path, label: s
     sample = {**json.loads(answer.read_text()), "wall_s": wall_s}
     # The process reads its own memory at its end too, which a short one may reach between two samples.
     sample["peak_anon_bytes"] = max(peak_anon_bytes, sample.get("peak_anon_bytes") or 0)
-    fault = find_fault(sample, asked["format"])
+    fault = find_fault(sample, asked["format"], ("peak_rss_bytes", "peak_anon_bytes"))
     if fault:
         raise _fail(model, label, fault, log)
     return sample
@@ -142,26 +128,6 @@ def _watch(process: subprocess.Popen[bytes], deadline_s: float) -> int | None:
         process.wait()
 
 
-def find_fault(sample: Mapping[str, Any], model_format: str) -> str | None:
-    """Say what is missing from a process's answer, or None: the runtimes report failures as zeros and exit with 0."""
-    if model_format == "tflite":
-        latency_ms = sample.get("latency_ms") or {}
-        if not latency_ms:
-            return "reported no signature"
-        flat = {f"latency_ms of {name}": value for name, values in latency_ms.items() for value in values or [None]}
-        flat["init_s"] = sample.get("init_s")
-    else:
-        flat = {name: sample.get(name) for name in (*_BUNDLE_FIGURES, "prefill_tokens", "decode_tokens")}
-    for name in ("peak_rss_bytes", "peak_anon_bytes"):
-        flat[name] = sample.get(name)
-    for name, value in flat.items():
-        if value is None:
-            return f"reported no {name}"
-        if not math.isfinite(value) or value <= 0:
-            return f"reported {name} = {value}"
-    return None
-
-
 def _fail(model: Path, label: str, reason: str, log: Path) -> BenchmarkFailed:
     lines = log.read_text(errors="replace").splitlines()
     said = [next(filter(None, match.groups())) for line in lines if (match := _ERROR_LINE.match(line))]
@@ -171,51 +137,6 @@ def _fail(model: Path, label: str, reason: str, log: Path) -> BenchmarkFailed:
         "reports positive figures: check that prefill and decode tokens fit its context.",
         log=lines[-_LOG_LINES:],
     )
-
-
-def _summarize(asked: Mapping[str, Any], cold: Mapping[str, Any], warm: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"processes": len(warm)}
-    if asked["format"] == "tflite":
-        verdict = _summarize_graph(asked, warm, figures)
-        figures["cold"] = {
-            "init_s": cold["init_s"],
-            "first_ms": {name: values[0] for name, values in cold["latency_ms"].items()},
-        }
-    else:
-        verdict = _summarize_bundle(asked, warm, figures)
-        figures["cold"] = {name: cold[name] for name in _BUNDLE_FIGURES}
-    # The largest of all processes: memory is a peak, not a typical value.
-    for name in ("peak_rss_bytes", "peak_anon_bytes"):
-        figures[name] = max(sample[name] for sample in warm)
-        figures["cold"][name] = cold[name]
-    figures["verdict"] = str(verdict)
-    return figures
-
-
-def _summarize_bundle(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> Verdict:
-    for name in _BUNDLE_FIGURES:
-        figures[name] = summarize([sample[name] for sample in warm]).to_json()
-    counts = ("prefill_tokens", "decode_tokens")
-    figures.update({name: min(sample[name] for sample in warm) for name in counts})
-    is_cut = any(figures[name] < asked[name] for name in counts)
-    # Init and TTFT are shown, but throughput is what gates and comparisons read.
-    return worst(
-        judge([sample[name] for sample in warm], asked["processes"], is_cut=is_cut)
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
-    )
-
-
-def _summarize_graph(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> Verdict:
-    figures["init_s"] = summarize([sample["init_s"] for sample in warm]).to_json()
-    figures["latency_ms"] = {}
-    verdicts = []
-    for name in warm[0]["latency_ms"]:
-        # One sample a process, its median: iterations of one process are not independent of each other.
-        medians = [summarize(sample["latency_ms"][name]).median for sample in warm]
-        every = [value for sample in warm for value in sample["latency_ms"][name]]
-        figures["latency_ms"][name] = {**summarize(medians).to_json(), "iterations": percentiles(every)}
-        verdicts.append(judge(medians, asked["processes"]))
-    return worst(verdicts)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.checkpoint_files import SourceFile, choose_needed
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from service.user_files import read_evaluation
 from workers.convert.architectures import FAMILIES, DecoderShape, Family, find_family
 from workers.convert.architectures.parameters import complete_names, describe_stored, find_embedding, find_output
 from workers.fetch.chat_template import list_templates, try_template
 from workers.fetch.decoder_weights import require_bounds
-from workers.fetch.needed_files import SourceFile, choose_needed
 from workers.fetch.safetensors_header import TensorEntry
 from workers.fetch.strict_json import read_json_object
 from workers.fetch.tokenizer_files import TokenizerFacts, read_tokenizer, read_tokenizer_config

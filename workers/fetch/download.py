@@ -1,70 +1,91 @@
-"""Files over HTTP: resumed, bounded and checked.
+"""Files from servers: resumed, in parallel ranges, bounded and checked.
 
-Owns the transfer of a list of files whose sizes (and digests, where stated) are known beforehand. A body longer
-than stated is cut off; a redirect may leave the hub's host only over https towards a public address, and without
-the token. Partial files live in the cache folder, if there is one, and are resumed by the next attempt.
-Called by `workers.fetch.hub`; raises the HTTP library's errors, which the caller describes.
+Owns the transfer of a list of files whose sizes (and digests, where stated) are known beforehand, whatever the kind of
+server: each source brings its own way to open a range of a file. A body longer than stated is cut off, one that comes
+too slowly counts as broken. Partial files live in the cache folder, if there is one, and are resumed by the next
+attempt. Called by `workers.fetch.hub`, `https` and `s3`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import ipaddress
 import os
-import re
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from typing import IO, Protocol
 
-import httpx2
-from huggingface_hub import get_session, hf_raise_for_status
-
+from service.checkpoint_files import SourceFile
 from service.errors import SourceUnavailable
-from workers.fetch.needed_files import SourceFile
 from workers.fetch.sources import CHUNK_BYTES, ByteProgress, FetchedFile, report_full_disk
 
-#: Seconds without a byte after which a connection counts as broken.
-TIMEOUT_S = 30.0
-#: Connections for one file in one attempt of the step; the second in a row that brings no byte ends it.
+#: Connections for one file in one attempt of the step; the second in a row that brings next to nothing ends it.
 MAX_CONNECTIONS = 50
 MAX_STALLS = 2
-MAX_REDIRECTS = 5
+#: A range that one of several connections asks for at a time, and holds in memory.
+SEGMENT_BYTES = 8 * 2**20
+#: A connection that brings fewer bytes than this in such a time counts as broken.
+SLOW_BYTES = 32 * 1024
+SLOW_S = 30.0
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+class Interrupted(Exception):
+    """A connection broke, or came to a crawl; what it had brought of a range that was held in memory is `rest`."""
+
+    def __init__(self, rest: bytes = b"") -> None:
+        super().__init__()
+        self.rest = rest
 
 
 @dataclass(frozen=True)
-class Download:
-    """A file and its address."""
+class Body:
+    """What a server answers to a request for a range."""
 
-    file: SourceFile
-    address: str
+    #: The first byte that comes: the one asked for, or 0 where the server ignores ranges.
+    start: int
+    #: Bytes as they arrive, without any encoding.
+    chunks: Iterator[bytes]
+
+
+class OpenRange(Protocol):
+    """How a kind of source opens bytes [start, end) of a file; `end` is None for all that follow.
+
+    Raises `Interrupted` when the connection fails, then or later, and a typed error when the server refuses.
+    """
+
+    def __call__(self, file: SourceFile, start: int, end: int | None) -> AbstractContextManager[Body]:
+        """Open the range."""
 
 
 def download_all(
-    downloads: list[Download],
-    headers: Mapping[str, str],
+    files: list[SourceFile],
+    open_range: OpenRange,
     cache_dir: Path | None,
     output_dir: Path,
     count: ByteProgress,
+    *,
+    connections: int = 1,
 ) -> list[FetchedFile]:
     """Download every file into `output_dir`, smallest first, and return them with their digests, sorted by name.
 
-    With `cache_dir`, which belongs to this one source, the files are completed there and moved at the end, so that a
-    failure keeps what arrived; it is removed when all did.
+    Files larger than one segment come over several `connections` at once. With `cache_dir`, which belongs to this one
+    source, the files are completed there and moved at the end, so that a failure keeps what arrived; it is removed when
+    all did.
     """
     fetched: list[FetchedFile] = []
     with report_full_disk(output_dir), _claim_folder(cache_dir) as working_dir:
         parts_dir = working_dir or output_dir
-        for download in sorted(downloads, key=lambda each: each.file.size_bytes):
-            part = parts_dir / download.file.path
-            _complete(download, part, headers, count)
-            fetched.append(_check(download.file, part))
+        for file in sorted(files, key=lambda each: each.size_bytes):
+            part = parts_dir / file.path
+            _complete(file, part, open_range, count, connections)
+            fetched.append(_check(file, part))
         if working_dir is not None:
             for each in fetched:
                 shutil.move(working_dir / each.path, output_dir / each.path)
@@ -93,9 +114,8 @@ def _claim_folder(cache_dir: Path | None) -> Iterator[Path | None]:
         os.close(descriptor)
 
 
-def _complete(download: Download, part: Path, headers: Mapping[str, str], count: ByteProgress) -> None:
+def _complete(file: SourceFile, part: Path, open_range: OpenRange, count: ByteProgress, connections: int) -> None:
     """Append to `part` until it has the stated size, over as many connections as bring progress."""
-    file = download.file
     part.touch(mode=0o600)
     if part.stat().st_size > file.size_bytes:
         os.truncate(part, 0)
@@ -105,10 +125,22 @@ def _complete(download: Download, part: Path, headers: Mapping[str, str], count:
         before = part.stat().st_size
         if before == file.size_bytes:
             return
-        # A broken connection is resumed at once; what keeps breaking waits for the step's next attempt.
-        with suppress(httpx2.TransportError):
-            _append(download, part, headers, count)
-        stalled = 0 if part.stat().st_size > before else stalled + 1
+        try:
+            with part.open("r+b") as stream:
+                stream.seek(before)
+                if connections > 1 and file.size_bytes - before > SEGMENT_BYTES:
+                    _append_segments(file, stream, open_range, count, connections)
+                else:
+                    _append_rest(file, stream, open_range, count)
+        except Interrupted:
+            # A broken connection is resumed at once, by one alone: its server may take no more. What keeps breaking
+            # waits for the step's next attempt.
+            connections = 1
+        except _RangesIgnored:
+            connections = 1
+            continue
+        grown = part.stat().st_size - before
+        stalled = 0 if grown >= min(SLOW_BYTES, file.size_bytes - before) else stalled + 1
         if stalled == MAX_STALLS:
             break
     done = part.stat().st_size
@@ -119,84 +151,99 @@ def _complete(download: Download, part: Path, headers: Mapping[str, str], count:
         )
 
 
-def _append(download: Download, part: Path, headers: Mapping[str, str], count: ByteProgress) -> None:
+def _append_rest(file: SourceFile, stream: IO[bytes], open_range: OpenRange, count: ByteProgress) -> None:
     """Open one connection and append what it brings; never beyond the stated size."""
-    file = download.file
-    done = part.stat().st_size
-    wanted = dict(headers) if done == 0 else {**headers, "Range": f"bytes={done}-"}
-    with _open(download.address, wanted) as response, part.open("r+b") as stream:
-        if response.status_code == 206:
-            _require_range(response, file, done)
-        elif done:
+    done = stream.tell()
+    with open_range(file, done, None) as body:
+        if body.start != done:
             # The server ignores ranges: begin again.
             count.add(-done, file.path)
-            stream.truncate(0)
             done = 0
-        stream.seek(done)
-        # Without a chunk size: a connection that breaks would take the unfinished chunk with it.
-        for chunk in response.iter_raw():
+            stream.seek(0)
+            stream.truncate()
+        for chunk in _require_pace(body.chunks):
             done += len(chunk)
             if done > file.size_bytes:
-                raise SourceUnavailable(
-                    f"The hub sends more bytes of {file.path} than the {file.size_bytes} it states; retry later.",
-                    file=file.path,
-                )
+                raise _report_surplus(file)
             stream.write(chunk)
             count.add(len(chunk), file.path)
 
 
-def _require_range(response: httpx2.Response, file: SourceFile, done: int) -> None:
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if match is None or int(match[1]) != done or match[2] not in ("*", str(file.size_bytes)):
-        raise SourceUnavailable(
-            f"The hub answers another range of {file.path} than the one asked for; retry later.", file=file.path
-        )
+class _RangesIgnored(Exception):
+    """The server sends the whole file whatever is asked for."""
 
 
-@contextmanager
-def _open(address: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-    """Open a GET, following redirects that `_check_redirect` allows; raises the hub library's errors for refusals."""
-    first = address
-    for _ in range(MAX_REDIRECTS + 1):
-        with get_session().stream(
-            "GET", address, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
-        ) as response:
-            if not response.is_redirect:
-                hf_raise_for_status(response)
-                if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise SourceUnavailable(
-                        "The hub compresses a file although it was asked not to; check the endpoint."
-                    )
-                yield response
-                return
-            address = urljoin(address, response.headers["Location"])
-        headers = _check_redirect(first, address, headers)
-    raise SourceUnavailable(f"The hub redirects more than {MAX_REDIRECTS} times; check the endpoint.")
+def _append_segments(
+    file: SourceFile, stream: IO[bytes], open_range: OpenRange, count: ByteProgress, connections: int
+) -> None:
+    """Append the rest in order, while several connections each hold one of the segments that come next."""
+    stop = threading.Event()
+    pending: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(connections, thread_name_prefix="download") as pool:
+        try:
+            for start in range(stream.tell(), file.size_bytes, SEGMENT_BYTES):
+                end = min(start + SEGMENT_BYTES, file.size_bytes)
+                pending.append(pool.submit(_read_segment, file, start, end, open_range, stop))
+                if len(pending) == connections:
+                    _append_chunk(file, stream, pending.popleft().result(), count)
+            while pending:
+                _append_chunk(file, stream, pending.popleft().result(), count)
+        except Interrupted as broken:
+            _append_chunk(file, stream, broken.rest, count)
+            raise
+        finally:
+            stop.set()
+            for future in pending:
+                future.cancel()
 
 
-def _check_redirect(first: str, address: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers for a redirect's target; refuse targets inside the worker's own network."""
-    home, target = urlsplit(first), urlsplit(address)
-    if (home.scheme, home.netloc) == (target.scheme, target.netloc):
-        return dict(headers)
-    if target.scheme != "https" or not target.hostname or not _is_public(target.hostname, target.port or 443):
-        raise SourceUnavailable(
-            f"The hub redirects a file to {target.hostname}, which is not a public https address; check the endpoint."
-        )
-    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+def _append_chunk(file: SourceFile, stream: IO[bytes], chunk: bytes, count: ByteProgress) -> None:
+    stream.write(chunk)
+    count.add(len(chunk), file.path)
 
 
-def _is_public(host: str, port: int) -> bool:
-    """Tell whether every address of `host` is public; a name only a proxy can resolve is left to the proxy."""
+def _read_segment(file: SourceFile, start: int, end: int, open_range: OpenRange, stop: threading.Event) -> bytes:
+    """Return bytes [start, end); an `Interrupted` holds what came of them."""
+    data = bytearray()
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError:
-        return True
-    return all(ipaddress.ip_address(str(each).partition("%")[0]).is_global for each in found)
+        with open_range(file, start, end) as body:
+            if body.start != start:
+                raise _RangesIgnored
+            for chunk in _require_pace(body.chunks):
+                data += chunk
+                if start == 0 and len(data) > end:
+                    raise _RangesIgnored
+                if len(data) > end - start:
+                    raise _report_surplus(file)
+                if stop.is_set():
+                    raise Interrupted
+    except Interrupted:
+        raise Interrupted(bytes(data)) from None
+    if len(data) < end - start:
+        raise Interrupted(bytes(data))
+    return bytes(data)
+
+
+def _require_pace(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Pass chunks on; raises `Interrupted` when they come to a crawl."""
+    began, arrived = time.monotonic(), 0
+    for chunk in chunks:
+        arrived += len(chunk)
+        yield chunk
+        if time.monotonic() - began >= SLOW_S:
+            if arrived < SLOW_BYTES:
+                raise Interrupted
+            began, arrived = time.monotonic(), 0
+
+
+def _report_surplus(file: SourceFile) -> SourceUnavailable:
+    return SourceUnavailable(
+        f"The source sends more bytes of {file.path} than the {file.size_bytes} it states; retry later.", file=file.path
+    )
 
 
 def _check(file: SourceFile, part: Path) -> FetchedFile:
-    """Hash a complete file and compare it with what the hub states; a damaged one is deleted."""
+    """Hash a complete file and compare it with what the source states; a damaged one is deleted."""
     sha256 = hashlib.sha256()
     git_blob = hashlib.sha1(b"blob %d\x00" % file.size_bytes, usedforsecurity=False)
     with part.open("rb") as stream:
@@ -210,7 +257,7 @@ def _check(file: SourceFile, part: Path) -> FetchedFile:
     if is_other:
         part.unlink()
         raise SourceUnavailable(
-            f"{file.path} arrived with other bytes than the hub states (SHA-256 {found}); retry later.",
+            f"{file.path} arrived with other bytes than the source states (SHA-256 {found}); retry later.",
             file=file.path,
             found_sha256=found,
         )

@@ -19,16 +19,16 @@ from workers.steps import Progress, run_by_hand
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Write the checkpoint's files into `output_dir` and return their digests.
 
-    `params`: `source` (pinned, from `resolve`), `credential` (hub token or null; never written anywhere) and
-    `cache_dir` (optional host-local folder of this pinned source, where partial downloads outlive an attempt). Figures:
-    `checkpoint_digest`, `files` (`path`, `size_bytes`, `sha256`), `size_bytes`. Raises `SourceChanged`, `DiskFull`
-    (retryable), `SourceNotFound`, `SourceForbidden`, `SourceUnavailable` (retryable).
+    `params`: `source` (pinned, from `resolve`), `access` and `credential` as there, and `cache_dir` (optional
+    host-local folder of this pinned source, where partial downloads outlive an attempt). Figures: `checkpoint_digest`,
+    `files` (`path`, `size_bytes`, `sha256`), `size_bytes`. Raises `SourceChanged`, `DiskFull` (retryable),
+    `SourceNotFound`, `SourceForbidden`, `SourceNotAllowed`, `SourceUnavailable` (retryable).
     """
     source = params["source"]
     if source.get("revision") is None:
         raise InvalidRequest("The source has no revision; the resolve step must pin it before it is fetched.")
     cache_dir = None if params.get("cache_dir") is None else Path(params["cache_dir"])
-    files = open_source(source, params.get("credential"), cache_dir).bring(output_dir, progress)
+    files = open_source(source, params.get("credential"), cache_dir, params.get("access")).bring(output_dir, progress)
     return {
         "checkpoint_digest": digest_checkpoint(files),
         "files": [file.to_json() for file in files],

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from service.checkpoint_files import MAX_LISTED_FILES, SourceFile, choose_needed, is_needed
 from service.errors import (
     CheckpointUnsafe,
     InvalidRequest,
@@ -23,7 +24,6 @@ from service.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from workers.fetch.needed_files import MAX_LISTED_FILES, SourceFile, choose_needed, is_needed
 from workers.fetch.sources import (
     CHUNK_BYTES,
     ByteProgress,

@@ -14,13 +14,14 @@ import ipaddress
 import logging
 import os
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_session, hf_raise_for_status
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -32,6 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
+from service.checkpoint_files import SourceFile, choose_needed
 from service.errors import (
     CheckpointInvalid,
     EdgeKilnError,
@@ -42,8 +44,9 @@ from service.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from workers.fetch.download import Download, download_all
-from workers.fetch.needed_files import SourceFile, choose_needed
+from service.web_addresses import is_public
+from workers.fetch.download import Body, download_all
+from workers.fetch.http_body import interruptible, read_body, write_range
 from workers.fetch.sources import ByteProgress, FetchedFile, Pinned
 from workers.steps import Progress
 
@@ -52,6 +55,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 #: Seconds that a hub may stay silent.
 TIMEOUT_S = 30.0
+MAX_REDIRECTS = 5
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -107,9 +111,15 @@ class HubSource:
                 found_revision=commit,
             )
         count = ByteProgress(progress, "downloading", sum(file.size_bytes for file in files))
-        downloads = [Download(file, self._address(file, commit)) for file in files]
+
+        @contextmanager
+        def open_range(file: SourceFile, start: int, end: int | None) -> Iterator[Body]:
+            headers = {**self._headers(), **write_range(start, end)}
+            with interruptible(), _open(self._address(file, commit), headers) as response:
+                yield read_body(response, file, start)
+
         with self._report_errors():
-            return download_all(downloads, self._headers(), self._cache_dir, output_dir, count)
+            return download_all(files, open_range, self._cache_dir, output_dir, count)
 
     def _list_needed(self) -> tuple[str, list[SourceFile]]:
         """Return the commit and the needed files with what the hub states about them."""
@@ -174,6 +184,44 @@ class HubSource:
                 f"{what} does not exist; check its name, or give a token if it is private.", status=status
             )
         return SourceUnavailable(f"{what} could not be read (HTTP {status}); retry later.", status=status)
+
+
+@contextmanager
+def _open(address: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    """Open a GET, following redirects that `_check_redirect` allows; raises the hub library's errors for refusals."""
+    first = address
+    for _ in range(MAX_REDIRECTS + 1):
+        with get_session().stream(
+            "GET", address, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
+        ) as response:
+            if not response.is_redirect:
+                hf_raise_for_status(response)
+                yield response
+                return
+            address = urljoin(address, response.headers["Location"])
+        headers = _check_redirect(first, address, headers)
+    raise SourceUnavailable(f"The hub redirects more than {MAX_REDIRECTS} times; check the endpoint.")
+
+
+def _check_redirect(first: str, address: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers for a redirect's target; refuse targets inside the worker's own network."""
+    home, target = urlsplit(first), urlsplit(address)
+    if (home.scheme, home.netloc) == (target.scheme, target.netloc):
+        return dict(headers)
+    if target.scheme != "https" or not target.hostname or not _is_public(target.hostname, target.port or 443):
+        raise SourceUnavailable(
+            f"The hub redirects a file to {target.hostname}, which is not a public https address; check the endpoint."
+        )
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+
+
+def _is_public(host: str, port: int) -> bool:
+    """Tell whether every address of `host` is public; a name only a proxy can resolve is left to the proxy."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return True
+    return all(is_public(str(each)) for each in found)
 
 
 def _read_endpoint(endpoint: str | None) -> str:

@@ -17,11 +17,12 @@ from workers.steps import Progress, run_by_hand
 def run(params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Return the pinned source and its needed files.
 
-    `params`: `source` as requested, and `credential` (hub token or null) that is never written anywhere. Figures:
-    `source` (pinned), `files` (`path`, `size_bytes`), `size_bytes`. Writes no output. Raises `SourceNotFound`,
-    `SourceForbidden`, `SourceUnavailable` (retryable), `CheckpointInvalid`, `CheckpointUnsafe`.
+    `params`: `source` as requested, `access` (what the operator allows; in no key) and `credential` (of the kind of
+    source, or null; never written anywhere). Figures: `source` (pinned), `files` (`path`, `size_bytes`), `size_bytes`.
+    Writes no output. Raises `SourceNotFound`, `SourceForbidden`, `SourceNotAllowed`, `SourceUnavailable` (retryable),
+    `CheckpointInvalid`, `CheckpointUnsafe`.
     """
-    pinned = open_source(params["source"], params.get("credential")).pin(progress)
+    pinned = open_source(params["source"], params.get("credential"), access=params.get("access")).pin(progress)
     return {
         "source": pinned.source,
         "files": [file.to_json() for file in pinned.files],

@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from service.checkpoint_files import SourceFile
 from service.errors import DiskFull, InvalidRequest
-from workers.fetch.needed_files import SourceFile
+from service.web_addresses import HostRules
 from workers.steps import Progress
 
 #: How many bytes are read, hashed and written at a time.
@@ -85,6 +86,11 @@ def digest_canonical(document: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_pins(files: Iterable[SourceFile]) -> str:
+    """Return the revision of a source that has none of its own: SHA-256 over all that is known of its files."""
+    return digest_canonical([file.to_pin() for file in files])
+
+
 def digest_checkpoint(files: list[FetchedFile]) -> str:
     """Return a checkpoint's digest: SHA-256 over the canonical JSON list of [path, sha256], sorted by path."""
     return digest_canonical(sorted([file.path, file.sha256] for file in files))
@@ -103,15 +109,22 @@ def report_full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def open_source(source: Mapping[str, Any], credential: str | None = None, cache_dir: Path | None = None) -> Source:
+def open_source(
+    source: Mapping[str, Any],
+    credential: Any = None,
+    cache_dir: Path | None = None,
+    access: Mapping[str, Any] | None = None,
+) -> Source:
     """Return the source that a request or a pinned source describes.
 
-    `credential` is a hub token; it stays in memory. `cache_dir` is a host-local folder of this one pinned
+    `credential` is what the kind of source takes, such as a hub token; it stays in memory. `access` says what the
+    operator allows of the network, and how it is reached. `cache_dir` is a host-local folder of this one pinned
     source, where partial downloads survive a failed attempt. Raises `InvalidRequest` for a kind or a field that
     does not exist.
     """
-    # Imported here because both modules import this one.
+    # Imported here because these modules import this one.
     from workers.fetch.folder import FolderSource
+    from workers.fetch.https import HttpsSource
     from workers.fetch.hub import HubSource
 
     kind = source.get("kind")
@@ -127,7 +140,39 @@ def open_source(source: Mapping[str, Any], credential: str | None = None, cache_
             credential=credential,
             cache_dir=cache_dir,
         )
-    raise InvalidRequest(f"Unknown kind of source {kind!r}; known are 'folder' and 'hub'.", kind=kind)
+    if kind == "https":
+        _require_fields(source, {"kind", "url", "revision", "files"})
+        return HttpsSource(
+            _read_text(source, "url"),
+            _read_files(source),
+            _read_optional_text(source, "revision"),
+            HostRules.from_json(access or {}),
+            cache_dir,
+        )
+    if kind == "s3":
+        # boto3 takes a while to import, and the other kinds do without it.
+        from workers.fetch.s3 import S3Source
+
+        _require_fields(source, {"kind", "bucket", "prefix", "revision", "files"})
+        return S3Source(
+            _read_text(source, "bucket"),
+            source.get("prefix") or "",
+            _read_files(source),
+            _read_optional_text(source, "revision"),
+            access,
+            credential,
+            cache_dir,
+        )
+    raise InvalidRequest(f"Unknown kind of source {kind!r}; known are folder, hub, https and s3.", kind=kind)
+
+
+def _read_files(source: Mapping[str, Any]) -> list[str | SourceFile] | None:
+    """Return the names that a request lists, or the files that a pinned source holds."""
+    files = source.get("files")
+    try:
+        return None if files is None else [each if isinstance(each, str) else SourceFile(**each) for each in files]
+    except TypeError:
+        raise InvalidRequest("The source's files must be names, or files as the resolve step wrote them.") from None
 
 
 def _require_fields(source: Mapping[str, Any], known: set[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from service.checkpoint_files import INDEX_FILE, MAX_INDEX_BYTES, SHARD_NAME
 from service.errors import CheckpointInvalid, CheckpointUnsafe
 from workers.convert.architectures import DecoderShape
 from workers.convert.architectures.parameters import (
@@ -17,15 +18,11 @@ from workers.convert.architectures.parameters import (
     require_none_missing,
 )
 from workers.fetch.decoder_weights import list_tensors
-from workers.fetch.needed_files import SHARD_NAME
 from workers.fetch.safetensors_header import SafetensorsHeader, TensorEntry, read_header, scan_nonfinite
 from workers.fetch.sources import CHUNK_BYTES, ByteProgress
 from workers.fetch.strict_json import read_json_object
 from workers.steps import Progress
 
-MAX_INDEX_BYTES = 32 * 2**20
-
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ _SCOPE_VERSION = 6
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev", "/nix")
 _WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 _SHARED_MEMORY = "/dev/shm"
+#: What a step with network may open; names are looked up by way of netlink.
+_NETWORK_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 
 #: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER: what a worker that runs as root reads its files by.
 _KEPT_CAPABILITIES = 0b1111
@@ -45,13 +48,15 @@ class Isolation:
     network: str
     #: `landlock`, or `open` when the child can reach what its user can.
     files: str
+    #: `filter` when it can connect to no socket of the file system (a database's, a container engine's), else `open`.
+    sockets: str = "filter"
     #: One sentence per measure that the host refused.
     reasons: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:
         """`strong` when every measure holds, else `weak`."""
-        return "weak" if self.network == "open" or self.files == "open" else "strong"
+        return "weak" if "open" in (self.network, self.files, self.sockets) else "strong"
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `/readyz` and manifests show."""
@@ -59,6 +64,7 @@ class Isolation:
             "isolation": self.level,
             "network": self.network,
             "files": self.files,
+            "sockets": self.sockets,
             "reasons": list(self.reasons),
         }
 
@@ -71,18 +77,27 @@ def isolate(*, network: bool, readable: Iterable[Path], writable: Iterable[Path]
     """
     reasons: list[str] = []
     kernel.renounce_privileges()
-    network_state = "granted" if network else _cut_network(reasons)
+    refused = None if network else _empty_network()
+    sockets_state = _refuse_sockets(_NETWORK_FAMILIES if network else (), reasons)
+    if network:
+        network_state = "granted"
+    elif refused is None:
+        network_state = "namespace"
+    else:
+        network_state = "filter" if sockets_state == "filter" else "open"
+        if network_state == "open":
+            reasons.append(f"{refused}: steps can reach the network.")
     files_state = _confine_files(["/"] if network else _expand_readable(readable), writable, reasons)
     kernel.keep_capabilities(_KEPT_CAPABILITIES if os.geteuid() == 0 else 0)
-    return Isolation(network_state, files_state, tuple(reasons))
+    return Isolation(network_state, files_state, sockets_state, tuple(reasons))
 
 
-def _cut_network(reasons: list[str]) -> str:
-    """Enter an empty network namespace, or else refuse network sockets."""
+def _empty_network() -> str | None:
+    """Enter an empty network namespace; return why the host refuses."""
     user_id, group_id = os.geteuid(), os.getegid()
     try:
         kernel.unshare(kernel.CLONE_NEWNET)
-        return "namespace"
+        return None
     except OSError:
         # Without the privilege a user namespace grants it, where the host allows those.
         pass
@@ -91,15 +106,19 @@ def _cut_network(reasons: list[str]) -> str:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user_id} {user_id} 1")
         Path("/proc/self/gid_map").write_text(f"{group_id} {group_id} 1")
-        return "namespace"
     except OSError as error:
-        refused = f"The host allows no network namespace ({error})"
+        return f"The host allows no network namespace ({error})"
+    return None
+
+
+def _refuse_sockets(allowed_families: Sequence[int], reasons: list[str]) -> str:
+    """Refuse new sockets but of these families: one in the file system leads to a service of this host."""
     try:
-        kernel.refuse_network_sockets()
-        return "filter"
+        kernel.refuse_sockets(allowed_families)
     except OSError as error:
-        reasons.append(f"{refused} and no filter of network calls ({error}): steps can reach the network.")
+        reasons.append(f"No filter of sockets ({error}): steps can reach services of this host by its file system.")
         return "open"
+    return "filter"
 
 
 def _confine_files(readable: Iterable[str], writable: Iterable[Path], reasons: list[str]) -> str:
@@ -144,7 +163,7 @@ def probe_isolation() -> dict[str, Any]:
         answer = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60, text=True)
         document = json.loads(answer.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Isolation("open", "open", (f"The isolation could not be probed: {error}",)).to_json()
+        return Isolation("open", "open", "open", (f"The isolation could not be probed: {error}",)).to_json()
     return dict(document)
 
 

@@ -168,10 +168,11 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def refuse_network_sockets() -> None:
-    """Install a seccomp filter that refuses every socket but Unix ones, and io_uring, which could open one.
+def refuse_sockets(allowed_families: Sequence[int]) -> None:
+    """Install a seccomp filter that refuses every socket but of these families, and io_uring, which could open one.
 
-    Raises `OSError` where the kernel or the machine is not known to support it.
+    Pairs of connected sockets stay: they lead nowhere. Raises `OSError` where the kernel or the machine is not known to
+    support it.
     """
     machine = platform.machine()
     if machine not in _SECCOMP_NUMBERS:
@@ -179,21 +180,23 @@ def refuse_network_sockets() -> None:
     architecture, socket_number, io_uring_number = _SECCOMP_NUMBERS[machine]
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with EPERM
+    refusal = 7 + len(allowed_families)
+    allowance = refusal + 1
+    # A jump counts from the next instruction: to 5, from 3, is 1.
     program = [
         (load, 0, 0, 4),  # the architecture of the call
-        (equal, 0, 7, architecture),
+        (equal, 0, refusal - 2, architecture),
         (load, 0, 0, 0),  # its number
-        (at_least, 5, 0, 0x40000000),  # the second calling convention of x86-64
-        (equal, 4, 0, io_uring_number),
-        (equal, 0, 2, socket_number),
+        (at_least, refusal - 4, 0, 0x40000000),  # the second calling convention of x86-64
+        (equal, refusal - 5, 0, io_uring_number),
+        (equal, 0, allowance - 6, socket_number),
         (load, 0, 0, 16),  # the address family
-        (equal, 0, 1, 1),  # AF_UNIX
-        (give, 0, 0, allow),
+        *((equal, allowance - place, 0, family) for place, family in enumerate(allowed_families, start=8)),
         (give, 0, 0, refuse),
+        (give, 0, 0, allow),
     ]
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    filter_program = _FilterProgram(len(program), code)
-    _prctl_filter(filter_program)
+    _prctl_filter(_FilterProgram(len(program), code))
 
 
 def _prctl_filter(program: _FilterProgram) -> None:

@@ -133,7 +133,7 @@ class Sandbox:
         limits: Limits,
         on_progress: Callable[[str, float | None], None],
         should_stop: Callable[[], StopReason | None],
-        credential: str | None = None,
+        credential: Any = None,
         writable: Sequence[Path] = (),
         niceness: int = 0,
         poll_s: float = 0.5,
@@ -144,9 +144,9 @@ class Sandbox:
         directory), and into the existing folders named in `writable`; its log is `step_dir/log.txt`. Without
         network it may read its inputs and those folders, and of the rest only the system and the interpreter.
         With `niceness` (0 to 19) it lets other processes of a busy host go first.
-        `credential` reaches the function as `params["credential"]`. `should_stop` is called every `poll_s` seconds
-        in this thread; what it or `on_progress` raises ends the run and is raised here. Every end of the child
-        itself is a `ChildResult`.
+        `credential`, any JSON value, reaches the function as `params["credential"]` and is written nowhere.
+        `should_stop` is called every `poll_s` seconds in this thread; what it or `on_progress` raises ends the run and
+        is raised here. Every end of the child itself is a `ChildResult`.
         """
         if not target.startswith(self._target_prefixes) or ":" not in target:
             raise ValueError(f"{target!r} is no step function: it must start with one of {self._target_prefixes}.")

@@ -1,0 +1,295 @@
+"""Step `benchmark` on a phone, in two parts: what may be repeated, and what never is by itself.
+
+    prepare   takes leftovers away, brings tool and model, checks their digests there, waits until the phone is cool
+    measure   runs the tool, a fresh process a sample
+
+Between the two the worker writes down that the tool is about to start. Owns running a tool on a phone; what its samples
+amount to is `workers.devices.capture`'s. Called by `workers.runner`. `params["phone"]` is what only the worker knows:
+`adb_host`, `adb_port`, `serial`, `record`, `run`, `cool_down_s`, and `tool` (`name`, `version`, `abi`, `files`: name ->
+SHA-256); `inputs["tool"]` holds its files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from service.devices import BACKENDS
+from service.errors import BenchmarkFailed, DeviceHot, DeviceLost, DeviceUnauthorized, ToolReportInvalid
+from service.recipes import FORMATS, require_known
+from workers.devices.adb import Adb, Phone, quote
+from workers.devices.android import THERMAL_STATUSES, find_big_cores, read_conditions, read_record
+from workers.devices.capture import Device, find_fault
+from workers.devices.capture import measure as run_protocol
+from workers.devices.commands import PARSERS, build_arguments, find_fallback
+from workers.devices.traces import (
+    digest_file,
+    open_run,
+    place_tool,
+    push_checked,
+    require_room,
+    run_dir,
+    tool_dir,
+)
+from workers.steps import Progress
+
+_DEFAULTS: dict[str, Any] = {
+    "backend": "cpu",
+    "processes": 6,
+    "prefill_tokens": 128,
+    "decode_tokens": 128,
+    "threads": None,
+    "signatures": [],
+    "process_deadline_s": 600.0,
+}
+#: Cores that a language model uses well on a phone, where the job does not say.
+_THREADS = 4
+#: Between two looks at a phone that cools down.
+_COOLING_POLL_S = 5.0
+#: How often a process's memory is read, by the phone itself.
+_MEMORY_PERIOD_S = 0.1
+#: What is kept of a tool's log.
+_LOG_CHARACTERS = 100_000
+#: The phone ends a process at its deadline; it may take so much longer to say so before it counts as hung.
+_GRACE_S = 20
+
+#: How `timeout` says that it ended a program, and a shell that its program was killed.
+_TIMED_OUT = ("124", "137", "143")
+
+#: Runs the tool with its output in a file: a stream that breaks has lost whole results. The tool writes its own number
+#: down, so that whoever cleans up ends it and nothing else.
+_RUN = """\
+cd {folder} && rm -f pid
+timeout -k 5 {deadline} sh -c 'echo $$ > pid; exec "$0" "$@"' {command} > report 2>&1 < /dev/null
+echo $? > status; rm -f pid; cat /proc/sys/kernel/random/boot_id; cat status; tail -c {most} report
+"""
+#: The same, while the phone itself reads the process's memory, once it is the tool's and no more its starter's.
+_WATCH = """\
+cd {folder} && rm -f pid && : > peaks
+timeout -k 5 {deadline} sh -c 'echo $$ > pid; exec "$0" "$@"' {command} > report 2>&1 < /dev/null &
+while kill -0 $! 2>/dev/null; do
+  pid=$(cat pid 2>/dev/null)
+  case "$(tr '\\0' '\\n' < /proc/${{pid:-none}}/cmdline 2>/dev/null | head -n 1)" in
+  ''|sh|*/sh|env|*/env|taskset|*/taskset) ;;
+  *)
+    grep -E '^(VmHWM|RssAnon|RssShmem):' /proc/$pid/status >> peaks 2>/dev/null
+    grep '^Pss:' /proc/$pid/smaps_rollup >> peaks 2>/dev/null
+    echo . >> peaks ;;
+  esac
+  sleep {period}
+done
+wait $!; echo $? > status; rm -f pid; cat status; cat peaks
+"""
+
+
+def prepare(
+    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Make a phone ready to measure `model.<format>` of `inputs["artifact"]`; may be repeated at any time.
+
+    Raises `DeviceLost`, `DeviceHung`, `DeviceUnauthorized`, `DeviceFull`, `DeviceHot`, `AdbUnavailable`, and
+    `RequestUnfit` for what the tool cannot do.
+    """
+    bench = _Bench(params, inputs, progress)
+    bench.check_request()
+    bench.check_identity()
+    open_run(bench.phone, bench.run)
+    require_room(bench.phone, bench.model.stat().st_size)
+    progress("bringing the tool", 0.0)
+    _, is_new = place_tool(bench.phone, inputs["tool"], bench.tool["files"])
+    digest, size_bytes = digest_file(bench.model), bench.model.stat().st_size
+    push_checked(
+        bench.phone,
+        bench.model,
+        bench.remote_model,
+        digest,
+        on_bytes=lambda count: progress("bringing the model", count / size_bytes),
+    )
+    # The runtime names its caches by time and size: a model pushed within the same second would find another's.
+    bench.phone.read(f"touch {quote(bench.remote_model)}")
+    bench.wait_until_cool()
+    return {"tool_was_new": is_new, "model_sha256": digest}
+
+
+def measure(
+    params: Mapping[str, Any], inputs: Mapping[str, Path], output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Measure what `prepare` has brought and return one measurement, see `capture.measure`; never repeated by itself.
+
+    Raises `ToolReportInvalid` and `BenchmarkFailed` for what the tool says or does, `DeviceLost`, `DeviceHung` and
+    `DeviceHot` for what becomes of the phone.
+    """
+    bench = _Bench(params, inputs, progress)
+    device = Device(
+        record=bench.describe(),
+        run_process=bench.run_process,
+        read_conditions=partial(read_conditions, bench.phone),
+        wait_until_fit=bench.wait_until_cool,
+        measure_memory=bench.measure_memory,
+    )
+    return run_protocol(device, bench.asked, output_dir, progress)
+
+
+class _Bench:
+    """One phone, one tool, one model."""
+
+    def __init__(self, params: Mapping[str, Any], inputs: Mapping[str, Path], progress: Progress) -> None:
+        host_side = params["phone"]
+        self.asked = {**_DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
+        self.asked.pop("phone")
+        self.phone: Phone = Adb(host_side["adb_host"], host_side["adb_port"]).phone(host_side["serial"])
+        self.run: str = host_side["run"]
+        self.tool: Mapping[str, Any] = host_side["tool"]
+        self._record: Mapping[str, Any] = host_side["record"]
+        self._cool_down_s: float = host_side["cool_down_s"]
+        self._progress = progress
+        self.model = inputs["artifact"] / f"model.{self.asked['format']}"
+        self.remote_model = f"{run_dir(self.run)}/{self.model.name}"
+        self._mask = find_big_cores(self._record) if self.asked["backend"] == "cpu" else None
+        if self.asked["threads"] is None:
+            fast = bin(int(self._mask, 16)).count("1") if self._mask else self._record.get("cores") or _THREADS
+            self.asked["threads"] = min(_THREADS, fast)
+
+    def check_request(self) -> None:
+        require_known("format", self.asked["format"], FORMATS)
+        require_known("backend", self.asked["backend"], BACKENDS)
+        build_arguments(self.asked, self.remote_model, "", None)
+        if not self.model.is_file():
+            raise BenchmarkFailed(f"There is no {self.model.name} in {self.model.parent} to benchmark.")
+
+    def check_identity(self) -> None:
+        """Make sure that the phone at this serial number is the one that the lease is for, and that it is up."""
+        state = self.phone.adb.states().get(self.phone.serial)
+        if state == "unauthorized":
+            raise DeviceUnauthorized(f"{self.phone.serial} does not trust this host's adb key.")
+        if state != "device":
+            raise DeviceLost(f"{self.phone.serial} is {state or 'not attached'}.", serial=self.phone.serial)
+        found = read_record(self.phone)
+        if found["serial"] != self._record["serial"] or found["boot_id"] is None:
+            raise DeviceLost(
+                f"{self.phone.serial} is now the phone {found['serial']}, not {self._record['serial']}.",
+                serial=self.phone.serial,
+            )
+        # Whatever started it anew before this run is no matter.
+        self._record = {**self._record, "boot_id": found["boot_id"]}
+
+    def describe(self) -> dict[str, Any]:
+        """The device as the measurement names it, with what ran there."""
+        self.check_identity()
+        record = {name: value for name, value in self._record.items() if name != "boot_id"}
+        return {
+            **record,
+            "tool": dict(self.tool),
+            "artifact": {"sha256": digest_file(self.model), "size_bytes": self.model.stat().st_size},
+            "big_core_mask": self._mask,
+            "commands": [quote(*self._command(signature)) for signature in self._signatures],
+        }
+
+    def wait_until_cool(self) -> None:
+        """Return when the phone holds nothing down; raises `DeviceHot` when that takes too long."""
+        give_up_at = time.monotonic() + self._cool_down_s
+        while True:
+            status = read_conditions(self.phone)["thermal_status"]
+            if not status:
+                return
+            word = THERMAL_STATUSES[min(status, len(THERMAL_STATUSES) - 1)]
+            if time.monotonic() >= give_up_at:
+                raise DeviceHot(
+                    f"{self.phone.serial} is hot (thermal status {status}, {word}) and did not cool down within "
+                    f"{self._cool_down_s:.0f} s.",
+                    thermal_status=status,
+                )
+            self._progress(f"waiting for the phone to cool down: thermal status {word}")
+            time.sleep(_COOLING_POLL_S)
+
+    @property
+    def _signatures(self) -> list[str | None]:
+        return list(self.asked["signatures"]) or [None] if self.asked["format"] == "tflite" else [None]
+
+    def _command(self, signature: str | None) -> list[str]:
+        home = tool_dir(self.tool["files"])
+        arguments = build_arguments(self.asked, self.remote_model, f"{run_dir(self.run)}/cache", signature)
+        pinned = ["taskset", self._mask] if self._mask else []
+        # The tool's libraries lie beside it.
+        return ["env", f"LD_LIBRARY_PATH={home}", *pinned, f"{home}/{self.tool['name']}", *arguments]
+
+    def run_process(self, label: str) -> dict[str, Any]:
+        """Run one fresh process, or one a signature, and return its sample, checked."""
+        if self.asked["format"] != "tflite":
+            return self._run_tool(label, None)
+        runs = {signature: self._run_tool(label, signature) for signature in self._signatures}
+        sample = {
+            "init_s": max(run["init_s"] for run in runs.values()),
+            "latency_ms": {
+                signature or "default": {**run["latency_ms"], "first": run["first_ms"]}
+                for signature, run in runs.items()
+            },
+            "logs": [run["log"] for run in runs.values()],
+        }
+        ran_on = [run["ran_on"] for run in runs.values() if "ran_on" in run]
+        return {**sample, "ran_on": ran_on[0]} if ran_on else sample
+
+    def _run_tool(self, label: str, signature: str | None) -> dict[str, Any]:
+        deadline_s = self.asked["process_deadline_s"]
+        script = _RUN.format(
+            folder=quote(run_dir(self.run)),
+            deadline=int(deadline_s),
+            command=quote(*self._command(signature)),
+            most=_LOG_CHARACTERS,
+        )
+        started_s = time.monotonic()
+        boot_id, status, log = ([*self.phone.read(script, deadline_s + _GRACE_S).split("\n", 2), "", ""])[:3]
+        wall_s = time.monotonic() - started_s
+        if boot_id.strip() != self._record["boot_id"]:
+            raise DeviceLost(f"{self.phone.serial} was started again during the {label}.", serial=self.phone.serial)
+        if status.strip() in _TIMED_OUT:
+            raise BenchmarkFailed(
+                f"The {label} of {self.tool['name']} on {self.phone.serial} did not end within {deadline_s:.0f} s.",
+                log=log.splitlines()[-20:],
+            )
+        if status.strip() != "0":
+            last = next((line for line in reversed(log.splitlines()) if line.strip()), "nothing")
+            raise BenchmarkFailed(
+                f"The {label} of {self.tool['name']} on {self.phone.serial} ended with status {status.strip()}. It "
+                f"said: {last.strip()[:300]!r}.",
+                log=log.splitlines()[-20:],
+            )
+        sample = {**PARSERS[self.asked["format"]](log), "wall_s": wall_s, "log": log}
+        if fault := find_fault({**sample, "latency_ms": {"": sample.get("latency_ms")}}, self.asked["format"]):
+            raise ToolReportInvalid(f"The {label} of {self.tool['name']} on {self.phone.serial} {fault}.")
+        fallback = find_fallback(self.asked, sample)
+        return {**sample, "ran_on": fallback} if fallback else sample
+
+    def measure_memory(self) -> dict[str, Any]:
+        """Read the peaks of one more process while it runs; what the phone does not show stays missing."""
+        deadline_s = self.asked["process_deadline_s"]
+        script = _WATCH.format(
+            folder=quote(run_dir(self.run)),
+            deadline=int(deadline_s),
+            command=quote(*self._command(self._signatures[0])),
+            period=_MEMORY_PERIOD_S,
+        )
+        status, _, peaks = self.phone.read(script, deadline_s + _GRACE_S).partition("\n")
+        if status.strip() != "0":
+            raise BenchmarkFailed(
+                f"The process of {self.tool['name']} whose memory was watched on {self.phone.serial} ended with status "
+                f"{status.strip()}."
+            )
+        return read_peaks(peaks)
+
+
+def read_peaks(text: str) -> dict[str, int]:
+    """Return the peaks of readings of `/proc/PID/status` and `smaps_rollup`, a `.` after each, in bytes. Pure."""
+    peaks: dict[str, int] = {}
+    for reading in text.split(".\n"):
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in reading.splitlines() if len(line.split()) == 3}
+        found = {"peak_rss_bytes": kib.get("VmHWM"), "peak_pss_bytes": kib.get("Pss")}
+        if "RssAnon" in kib:
+            found["peak_anon_bytes"] = kib["RssAnon"] + kib.get("RssShmem", 0)
+        for name, value in found.items():
+            if value:
+                peaks[name] = max(peaks.get(name, 0), value * 1024)
+    return peaks
