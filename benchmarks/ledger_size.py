@@ -3,7 +3,8 @@
     python benchmarks/ledger_size.py --json out/ledger_size.json
 
 Fills ledgers of both sizes: one job that has ended and one that is queued are played through the ledger's own doors,
-and their rows are copied under other ids, a tenth of them queued, for twenty tenants. Then it calls the doors of
+and their rows are copied under other ids, a tenth of them queued, for twenty tenants; one schedule comes to a hundred
+jobs. Then it calls the doors of
 workers and readers on both in turn and prints medians and their ratio. A PostgreSQL is started for the purpose, unless
 `EDGEKILN_TEST_POSTGRES_URL` names one in which databases may be made.
 """
@@ -22,20 +23,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from service.ledger import claims, jobs, views
+from service.ledger import access, claims, fleet, jobs, quotas, schedules, views
+from service.ledger.counts import read_counts, read_totals
 from service.ledger.database import Database, migrate
-from service.requests import parse_request
+from service.requests import JobRequest, parse_request
+from service.schedules import ScheduleRequest
 from tests.ledger_play import POLICY, TENANT, Play
-from tests.services import postgres_url
+from tests.services import make_database, postgres_url
 
 SMALL, LARGE = 1_000, 100_000
 TENANTS = 20
 QUEUED_SHARE = 0.1
+SCHEDULED_SHARE = 0.01
+#: A tenant of its own, with every quota and no work but what it submits.
+_BOUNDED = "bounded"
+_NO_BOUND = 2**40
 #: Copies that one statement makes: the ledger's connections end statements after a minute.
 _BATCH = 2_000
 #: Pages that are full in both ledgers.
@@ -68,6 +74,10 @@ def fill(database: Database, count: int) -> None:
     queued_count = int(count * QUEUED_SHARE)
     copy_job(database, ended, count - queued_count - 1)
     copy_job(database, queued, queued_count - 1)
+    job = parse_request({"source": {"kind": "folder", "path": "/models/scheduled"}})
+    for number in range(int(count * SCHEDULED_SHARE)):
+        timing = ScheduleRequest(name=f"nightly {number}", job=job, every_s=3600)
+        schedules.add_schedule(database, TENANT, timing, max_variants=9)
     with database.engine.begin() as connection:
         connection.execute(text("ANALYZE"))
 
@@ -108,6 +118,8 @@ def make_doors(database: Database) -> dict[str, Callable[[], object]]:
     middle = views.list_jobs(database, TENANT, limit=_PAGE)[-1]["id"]
     states = ["failed", "queued"]
     held: list[claims.Claim] = []
+    access.ensure_tenant(database, _BOUNDED)
+    quotas.set_quotas(database, _BOUNDED, dict.fromkeys(quotas.QUOTAS, _NO_BOUND))
 
     def claim() -> None:
         found = claims.claim_next(database, play.worker_id, "fetch", POLICY)
@@ -117,6 +129,12 @@ def make_doors(database: Database) -> dict[str, Callable[[], object]]:
     def release() -> None:
         claims.release_step(database, held.pop())
 
+    def sweep() -> None:
+        fleet.beat_worker(database, play.worker_id, 0)
+        claims.end_hopeless_steps(database, POLICY)
+        claims.due_classes(database)
+        schedules.fire_due(database, _admit, max_variants=9)
+
     return {
         "claim a step": claim,
         "give it back": release,
@@ -124,8 +142,17 @@ def make_doors(database: Database) -> dict[str, Callable[[], object]]:
         "list jobs": lambda: views.list_jobs(database, TENANT, limit=_PAGE),
         "list the next page": lambda: views.list_jobs(database, TENANT, limit=_PAGE, before=middle),
         "list jobs by state": lambda: views.list_jobs(database, TENANT, states=states, limit=_QUEUED_PAGE),
+        "list schedules": lambda: schedules.list_schedules(database, TENANT, limit=10),
         "submit a job": lambda: jobs.submit_job(database, TENANT, request, max_variants=256),
+        "submit under quotas": lambda: jobs.submit_job(database, _BOUNDED, request, max_variants=256),
+        "a worker's sweep": sweep,
+        "a scrape: what is unfinished": lambda: read_counts(database),
+        "a scrape: totals, kept for a while": lambda: read_totals(database),
     }
+
+
+def _admit(request: JobRequest) -> JobRequest:
+    return request
 
 
 def measure(small: Database, large: Database, rounds: int) -> dict[str, dict[str, float]]:
@@ -160,16 +187,6 @@ def filled_ledger(url: str, count: int) -> Iterator[Database]:
         database.close()
 
 
-def make_database(server_url: str) -> str:
-    """Make a database on a PostgreSQL server; return its URL."""
-    name = f"edgekiln_size_{secrets.token_hex(4)}"
-    engine = create_engine(server_url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return make_url(server_url).set(database=name).render_as_string(hide_password=False)
-
-
 def main() -> None:
     """Fill, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ledger-size-") as folder, postgres_url() as server_url:
         urls = {
             "SQLite": lambda size: f"sqlite:///{folder}/{size}.db",
-            "PostgreSQL": lambda _: make_database(server_url),
+            "PostgreSQL": lambda _: make_database(server_url, f"edgekiln_size_{secrets.token_hex(4)}"),
         }
         for name, make_url_of in urls.items():
             print(name, file=sys.stderr)

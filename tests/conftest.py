@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
 from service.ledger.database import Database, migrate
-from tests.services import postgres_url
+from tests.services import drop_database, make_database, postgres_url
+
+# A shell's background jobs ignore SIGINT, and so would all that tests start: Ctrl-C is part of what they test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +21,9 @@ def postgres_template() -> Iterator[tuple[str, str]]:
     """Yield (server URL, name of a migrated template database)."""
     with postgres_url() as server_url:
         name = f"edgekiln_template_{secrets.token_hex(4)}"
-        _administer(server_url, f"CREATE DATABASE {name}")
-        migrate(_in_database(server_url, name))
+        migrate(make_database(server_url, name))
         yield server_url, name
-        _administer(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+        drop_database(server_url, name)
 
 
 @pytest.fixture
@@ -30,9 +31,8 @@ def postgres_ledger_url(postgres_template: tuple[str, str]) -> Iterator[str]:
     """Yield the URL of an empty ledger in PostgreSQL, built by the migrations."""
     server_url, template = postgres_template
     name = f"edgekiln_test_{secrets.token_hex(4)}"
-    _administer(server_url, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield _in_database(server_url, name)
-    _administer(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    yield make_database(server_url, name, template)
+    drop_database(server_url, name)
 
 
 @pytest.fixture
@@ -65,14 +65,3 @@ def postgres_database(postgres_ledger_url: str) -> Iterator[Database]:
     database = Database(postgres_ledger_url)
     yield database
     database.close()
-
-
-def _in_database(server_url: str, name: str) -> str:
-    return make_url(server_url).set(database=name).render_as_string(hide_password=False)
-
-
-def _administer(server_url: str, statement: str) -> None:
-    engine = create_engine(server_url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(statement))
-    engine.dispose()

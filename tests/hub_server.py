@@ -14,12 +14,13 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.http_threads import QuietHandler, bind, serving
 
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
@@ -85,8 +86,7 @@ class HubServer:
         self.faults = Faults()
         self.requests: list[Request] = []
         self.lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
-        self._http.daemon_threads = True
+        self._http = bind(_Handler, hub=self)
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
 
     def add_commit(self, repo: str, files: dict[str, bytes], branch: str = "main", **settings: Any) -> str:
@@ -103,51 +103,26 @@ class HubServer:
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         return self.add_commit(repo, files, branch, **settings)
 
-    def serve(self) -> None:
-        """Answer requests until `stop`."""
-        self._http.serve_forever(poll_interval=0.02)
-
-    def stop(self) -> None:
-        """Stop and close the socket."""
-        self._http.shutdown()
-        self._http.server_close()
+    def serving(self) -> AbstractContextManager[None]:
+        """Answer while the block runs."""
+        return serving(self._http)
 
 
 @contextmanager
 def run_hub() -> Iterator[HubServer]:
     """Run a hub in a thread of this process."""
     hub = HubServer()
-    thread = threading.Thread(target=hub.serve, name="hub", daemon=True)
-    thread.start()
-    try:
+    with hub.serving():
         yield hub
-    finally:
-        hub.stop()
-        thread.join()
 
 
-def _make_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    return type("Handler", (_Handler,), {"hub": hub})
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     """One connection."""
 
     hub: HubServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Keep standard error clean."""
-
-    def do_HEAD(self) -> None:
-        """Answer without a body."""
-        self._answer()
-
-    def do_GET(self) -> None:
-        """Answer with a body."""
-        self._answer()
-
-    def _answer(self) -> None:
+    def answer(self) -> None:
+        """Answer as the repositories and the faults say."""
         path = unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
         with self.hub.lock:

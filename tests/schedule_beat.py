@@ -21,7 +21,7 @@ def beat(url: str) -> int:
     """Read what is due, wait until the others have too, fire, and return how many ticks were fired here."""
     database = Database(url)
     try:
-        return len(schedules.fire_due(database, _meet, max_variants=256))
+        return len(schedules.fire_due(database, _meet, {}, max_variants=256))
     finally:
         database.close()
 

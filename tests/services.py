@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import boto3
 import pytest
@@ -25,6 +26,8 @@ import redis
 from botocore.config import Config
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
 
 from service.storage import ObjectStore, S3Options, open_store
 
@@ -80,6 +83,25 @@ def postgres_url() -> Iterator[str]:
             subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
 
 
+def make_database(server_url: str, name: str, template: str | None = None) -> str:
+    """Make a database on a PostgreSQL server, empty or as `template` is; return its URL."""
+    administer(server_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+    return make_url(server_url).set(database=name).render_as_string(hide_password=False)
+
+
+def drop_database(server_url: str, name: str) -> None:
+    """Drop a database, whoever is connected to it."""
+    administer(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def administer(server_url: str, statement: str) -> None:
+    """Execute what runs in no transaction."""
+    engine = create_engine(server_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
 @contextlib.contextmanager
 def redis_url() -> Iterator[str]:
     """Yield the URL of a Redis database that tests may fill and empty."""
@@ -115,6 +137,21 @@ def _wait_for_redis(server: subprocess.Popen[bytes], port: int) -> None:
                 time.sleep(0.02)
 
 
+def parse_s3_url(url: str) -> tuple[dict[str, str], str]:
+    """Return how a server is reached, as arguments of `S3Options`, and the bucket that `url` names.
+
+    `http://KEY:SECRET@HOST:PORT/BUCKET?region=NAME`; what means something in a URL is percent-encoded.
+    """
+    parts = urlsplit(url)
+    address = {
+        "endpoint_url": f"{parts.scheme}://{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}",
+        "region": dict(parse_qsl(parts.query)).get("region", "us-east-1"),
+        "access_key_id": unquote(parts.username or ""),
+        "secret_access_key": unquote(parts.password or ""),
+    }
+    return address, parts.path.strip("/")
+
+
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     """Yield how a real S3 server is reached, as arguments of `S3Options`."""
@@ -136,9 +173,9 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             server.terminate()
 
 
-def make_bucket(address: dict[str, str], bucket: str) -> None:
-    """Make a bucket on a server of `s3_server`."""
-    client = boto3.session.Session().client(
+def make_s3_client(address: dict[str, str]) -> Any:
+    """Return a client of boto3 for a server of `s3_server`."""
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=address["endpoint_url"],
         region_name=address["region"],
@@ -146,7 +183,11 @@ def make_bucket(address: dict[str, str], bucket: str) -> None:
         aws_secret_access_key=address["secret_access_key"],
         config=Config(s3={"addressing_style": "path"}),
     )
-    client.create_bucket(Bucket=bucket)
+
+
+def make_bucket(address: dict[str, str], bucket: str) -> None:
+    """Make a bucket on a server of `s3_server`."""
+    make_s3_client(address).create_bucket(Bucket=bucket)
 
 
 @contextlib.contextmanager

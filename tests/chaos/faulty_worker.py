@@ -1,7 +1,7 @@
-"""A worker process that stops dead at one seam of one kind of step.
+"""A worker process that stops dead at one seam of a publication.
 
-`python -m tests.chaos.faulty_worker KIND SEAM SIGNAL`, with the settings in the environment, runs whatever is due and
-sends itself SIGNAL when a step of KIND reaches SEAM: SIGKILL is a crash, SIGSTOP makes a zombie. A zombie that is
+`python -m tests.chaos.faulty_worker SEAM SIGNAL`, with the settings in the environment, runs whatever is due and
+sends itself SIGNAL when a `publish` reaches SEAM: SIGKILL is a crash, SIGSTOP makes a zombie. A zombie that is
 continued ends its step and exits. `--no-fence` takes the fence out of the ledger: the control. Called by the tests of
 this folder as a subprocess; the patches never reach the process that tests.
 """
@@ -20,7 +20,6 @@ from service.settings import load_settings
 from service.storage.folder import FolderStore
 from workers.process import WorkerProcess
 from workers.runner import Runner
-from workers.transfer import Transfer
 
 Strike = Callable[[], None]
 _CLASSES = ("fetch", "convert", "light")
@@ -65,14 +64,6 @@ PUBLISH_SEAMS: dict[str, Callable[[Strike], None]] = {
     "inside_finish": _strike_before(results, "settle"),
     "after_finish": _strike_after(results, "finish_step"),
 }
-FETCH_SEAMS: dict[str, Callable[[Strike], None]] = {
-    "before_uploads": _strike_before(Transfer, "store_outputs"),
-    "inside_upload": _strike_before(FolderStore, "_make_folder"),
-    "after_first_upload": _strike_after(Transfer, "store_file"),
-    "before_finish": _strike_before(results, "finish_step"),
-    "inside_finish": _strike_before(results, "settle"),
-    "after_finish": _strike_after(results, "finish_step"),
-}
 
 
 def remove_fence() -> None:
@@ -87,10 +78,10 @@ def remove_fence() -> None:
 
 def main() -> None:
     """Run steps until the seam is reached, or was reached and the step has ended."""
-    kind, seam, number = sys.argv[1], sys.argv[2], signal.Signals[sys.argv[3]]
+    seam, number = sys.argv[1], signal.Signals[sys.argv[2]]
     if "--no-fence" in sys.argv:
         remove_fence()
-    arm = {"publish": PUBLISH_SEAMS, "fetch": FETCH_SEAMS}[kind][seam]
+    arm = PUBLISH_SEAMS[seam]
     struck = False
 
     def strike() -> None:
@@ -101,10 +92,10 @@ def main() -> None:
 
     run = Runner._run
 
-    def run_armed(self: Runner, claim: claims.Claim) -> None:
-        if claim.kind == kind:
+    def run_armed(self: Runner, claim: claims.Claim, *arguments: Any) -> Any:
+        if claim.kind == "publish":
             arm(strike)
-        run(self, claim)
+        return run(self, claim, *arguments)
 
     Runner._run = run_armed  # type: ignore[method-assign]
     process = WorkerProcess(load_settings(), lambda _classes: None)

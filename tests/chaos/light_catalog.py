@@ -6,12 +6,14 @@ processes, and by tests that run a worker of their own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import Any, cast
 
+from service.ledger.keys import Toolchain
 from workers import process
-from workers.catalog import CATALOG, StepCode
+from workers.catalog import CATALOG, StepCode, read_toolchain
 from workers.sandbox import Sandbox
 
 
@@ -39,6 +41,11 @@ def install() -> None:
     """Let workers of this process run light steps."""
     cast("MutableMapping[str, StepCode]", CATALOG).update(light_codes())
     process.Sandbox = make_sandbox  # type: ignore[assignment, misc]
+    if tools := os.environ.get("LIGHT_TOOLS"):
+        # As if another version of a converter were installed.
+        toolchain = read_toolchain()
+        changed = Toolchain({**toolchain.versions, "converter": tools}, toolchain.revisions)
+        process.read_toolchain = lambda: changed
 
 
 def remove_sweep() -> None:

@@ -26,13 +26,15 @@ Inputs = Mapping[str, Path]
 MODEL_FILE = "model.json"
 ARTIFACT_BYTES = 20_000
 #: Longest time that a step takes, so that workers are hit while they are at it.
-_LONGEST_S = 0.3
+LONGEST_S = 0.3
+#: How long a step takes that a checkpoint says to hold: until somebody ends it.
+_HELD_S = 3600.0
 
 
-def write_model(folder: Path, seed: int, fate: str) -> Path:
+def write_model(folder: Path, seed: int, fate: str, longest_s: float = LONGEST_S) -> Path:
     """Write a checkpoint whose job will meet `fate`: `succeeded`, `invalid`, `crashed` or `refused`."""
     folder.mkdir(parents=True)
-    (folder / MODEL_FILE).write_text(json.dumps({"seed": seed, "fate": fate}))
+    (folder / MODEL_FILE).write_text(json.dumps({"seed": seed, "fate": fate, "longest_s": longest_s}))
     return folder
 
 
@@ -43,13 +45,13 @@ def make_artifact(model: bytes, recipe: str) -> bytes:
 
 def resolve(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     model = _read_model(Path(params["source"]["path"]))
-    _work(model, progress)
+    _work("resolve", model, progress)
     return {"source": {**params["source"], "revision": hashlib.sha256(model).hexdigest()}}
 
 
 def fetch(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     model = _read_model(Path(params["source"]["path"]))
-    _work(model, progress)
+    _work("fetch", model, progress)
     (output_dir / MODEL_FILE).write_bytes(model)
     digest = hashlib.sha256(model).hexdigest()
     return {"checkpoint_digest": digest, "files": [{"name": MODEL_FILE, "sha256": digest, "size_bytes": len(model)}]}
@@ -57,7 +59,7 @@ def fetch(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) 
 
 def plan(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     model = _read_model(inputs["checkpoint"])
-    _work(model, progress)
+    _work("plan", model, progress)
     if _fate(model) == "invalid":
         raise CheckpointInvalid("The checkpoint is fated to be refused.", file=MODEL_FILE)
     engines = {name: "reauthored" if name == "auto" else name for name in params["engines"]}
@@ -65,16 +67,16 @@ def plan(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -
 
 
 def reference(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    return _copy(inputs["checkpoint"], output_dir, progress, b"\n\n")
+    return _copy("reference", inputs["checkpoint"], output_dir, progress, b"\n\n")
 
 
 def convert(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    return _copy(inputs["checkpoint"], output_dir, progress, b"\n")
+    return _copy("convert", inputs["checkpoint"], output_dir, progress, b"\n")
 
 
 def quantize(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     model = _read_model(inputs["convert"])
-    _work(model, progress)
+    _work("quantize", model, progress)
     if _fate(model) == "crashed":
         os.kill(os.getpid(), signal.SIGKILL)
     (output_dir / "model.tflite").write_bytes(make_artifact(model, params["recipe"]))
@@ -83,7 +85,7 @@ def quantize(params: Params, inputs: Inputs, output_dir: Path, progress: Progres
 
 def verify(params: Params, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     model = _read_model(inputs["reference"])
-    _work(model, progress)
+    _work("verify", model, progress)
     data = (inputs["quantize"] / "model.tflite").read_bytes()
     if data != make_artifact(model, params["recipe"]):
         raise CheckpointInvalid("The graph is not what its checkpoint makes.")
@@ -100,10 +102,10 @@ def verify(params: Params, inputs: Inputs, output_dir: Path, progress: Progress)
     }
 
 
-def _copy(folder: Path, output_dir: Path, progress: Progress, ending: bytes) -> dict[str, Any]:
+def _copy(kind: str, folder: Path, output_dir: Path, progress: Progress, ending: bytes) -> dict[str, Any]:
     """Write bytes that are no other step's, and mean the same."""
     model = _read_model(folder)
-    _work(model, progress)
+    _work(kind, model, progress)
     (output_dir / MODEL_FILE).write_bytes(model + ending)
     return {}
 
@@ -117,6 +119,9 @@ def _fate(model: bytes) -> str:
     return fate
 
 
-def _work(model: bytes, progress: Progress) -> None:
+def _work(kind: str, model: bytes, progress: Progress) -> None:
     progress("at it", 0.5)
-    time.sleep(random.Random(model).uniform(0, _LONGEST_S))
+    if json.loads(model).get("hold") == kind:
+        print(f"{kind} holds", flush=True)
+        time.sleep(_HELD_S)
+    time.sleep(random.Random(model).uniform(0, json.loads(model).get("longest_s", LONGEST_S)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.requests import JobRequest, parse_request
-from tests.chaos.light_steps import write_model
+from tests.chaos.light_steps import LONGEST_S, write_model
 
 TENANT = "default"
 #: What a job will meet, and the state that it ends in.
@@ -34,7 +34,7 @@ class Order:
         return f"storm-{self.number}"
 
 
-def write_orders(folder: Path, count: int, seed: int) -> list[Order]:
+def write_orders(folder: Path, count: int, seed: int, longest_s: float = LONGEST_S) -> list[Order]:
     """Write the checkpoints of `count` jobs: one in twelve is bound to fail, one in eight shares another's."""
     chance = random.Random(seed)
     fates = [fate for fate in FATES if fate != "succeeded"]
@@ -45,5 +45,6 @@ def write_orders(folder: Path, count: int, seed: int) -> list[Order]:
             orders.append(Order(number, twin.folder, twin.fate))
             continue
         fate = fates[number // 12 % len(fates)] if number % 12 == 5 else "succeeded"
-        orders.append(Order(number, write_model(folder / f"model-{number}", seed * 1_000_000 + number, fate), fate))
+        model = write_model(folder / f"model-{number}", seed * 1_000_000 + number, fate, longest_s)
+        orders.append(Order(number, model, fate))
     return orders

@@ -11,11 +11,15 @@ import os
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
 #: Jobs of eight steps that a storm must bring to their end.
 JOBS = int(os.environ.get("CHAOS_JOBS", "10"))
+#: Minutes after which a storm gets no more jobs and must only end those it has; 0: it gets all.
+STORM_MIN = float(os.environ.get("CHAOS_STORM_MIN", "0"))
 #: Races between a holder whose lease has run out and the next one.
 RACES = int(os.environ.get("CHAOS_RACES", "200"))
 #: Histories that the state machine plays on each database; 0: the few of the short form, always the same.
 EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "0"))
 #: Jobs that go through a store that answers wrongly.
 STORE_JOBS = int(os.environ.get("CHAOS_STORE_JOBS", "2"))
+#: Size of an object that goes through the stores.
+OBJECT_BYTES = int(os.environ.get("CHAOS_OBJECT_BYTES", str((24 << 20) + 1)))
 #: How long a soak lasts.
 SOAK_MIN = float(os.environ.get("CHAOS_SOAK_MIN", "10"))

@@ -6,31 +6,27 @@ acknowledged is in its files, for the machine itself goes on.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import boto3
 import psycopg
 import redis
-from botocore.config import Config
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests import services
 from tests.kiln import find_children, is_alive, wait_for
 from tests.services import find_postgres, free_port, give_up
 
 BUCKET = "artifacts"
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Killable(Protocol):
@@ -78,10 +74,7 @@ class Postgres:
 
     def make_database(self) -> str:
         """Make an empty database; return its URL."""
-        name = f"chaos_{secrets.token_hex(4)}"
-        with psycopg.connect(self.url.replace("+psycopg", ""), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        return self.url.removesuffix("postgres") + name
+        return services.make_database(self.url, f"chaos_{secrets.token_hex(4)}")
 
     def _launch(self) -> subprocess.Popen[bytes]:
         options = {
@@ -167,33 +160,9 @@ def running(kind: type[Postgres] | type[Redis]) -> Iterator[Any]:
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
     """Yield how to reach an S3 server with an empty bucket; nobody kills it."""
-    with tempfile.TemporaryDirectory(prefix="edgekiln-s3-") as folder:
-        program = _ROOT / "tests" / "contract" / "s3_server.py"
-        command = [sys.executable, "-W", "ignore", str(program), f"{folder}/swift"]
-        Path(folder, "swift").mkdir()
-        with (
-            Path(folder, "log").open("wb") as log,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
-        ):
-            try:
-                assert server.stdout is not None
-                line = server.stdout.readline()
-                if not line:
-                    give_up(f"no S3 server: {Path(folder, 'log').read_text()[-300:]}")
-                address: dict[str, str] = json.loads(line)
-                make_client(address).create_bucket(Bucket=BUCKET)
-                yield address
-            finally:
-                server.kill()
-
-
-def make_client(address: dict[str, str]) -> Any:
-    """Return a client of boto3 for a server."""
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=address["endpoint_url"],
-        region_name=address["region"],
-        aws_access_key_id=address["access_key_id"],
-        aws_secret_access_key=address["secret_access_key"],
-        config=Config(s3={"addressing_style": "path"}),
-    )
+    with (
+        tempfile.TemporaryDirectory(prefix="edgekiln-s3-") as folder,
+        services.s3_server(Path(folder, "s3")) as address,
+    ):
+        services.make_bucket(address, BUCKET)
+        yield address

@@ -36,20 +36,20 @@ def test_nothing_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     settings = {"port": port, "source_roots": str(models)}
     with running(Postgres) as postgres, running(Redis) as broker, s3_server() as address:
         with fleet(tmp_path, postgres, broker, address, workers=2, **settings) as made:
-            watched = {
+            others = {
                 "API": made.start("service.api"),
                 "beat": made.start("celery", "-A", "tests.chaos.light_app", "beat", "-s", str(tmp_path / "beat")),
-                **{f"worker {number}": process for number, process in enumerate(made.processes)},
             }
-            pids = {name: process.pid for name, process in watched.items()}
+            workers = {f"worker {number}": worker for number, worker in enumerate(made.processes)}
+            pids = {name: process.pid for name, process in {**others, **workers}.items()}
             with Client(f"http://127.0.0.1:{port}") as client:
                 wait_for(lambda: is_ready(client), "the API serves")
                 samples, done = soak(made, broker, client, models, pids)
-            assert all(process.poll() is None for process in watched.values())
-            for process in watched.values():
-                if process not in made.processes:
-                    process.kill()
-                    process.wait()
+            assert all(worker.is_alive() for worker in workers.values())
+            for process in others.values():
+                assert process.poll() is None
+                process.kill()
+                process.wait()
     rows = compare(samples)
     with capsys.disabled():
         print(f"\nsoak of {scale.SOAK_MIN:g} minutes, {done} jobs; medians of the middle and the last third")

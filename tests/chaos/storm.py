@@ -32,16 +32,17 @@ from service.ledger.tables import Job
 from service.queue import Poker, make_app
 from service.settings import load_settings
 from service.storage import S3Options, open_store
+from tests.chaos.nursery import ForkedWorker, Nursery
 from tests.chaos.orders import TENANT, Order
 from tests.chaos.servers import BUCKET, Postgres, Redis
 from tests.kiln import clean_environment, find_children, find_processes, kill_all
 
 #: Recovery in seconds; every one of these is an operator's setting.
 _SETTINGS = {
-    "lease_s": 4,
-    "heartbeat_s": 1,
-    "sweep_s": 1,
-    "cancel_poll_s": 0.5,
+    "lease_s": 6,
+    "heartbeat_s": 2,
+    "sweep_s": 2,
+    "cancel_poll_s": 1,
     "retry_pause_s": 0.1,
     "light_slots": 3,
     "fetch_slots": 2,
@@ -50,6 +51,10 @@ _SETTINGS = {
 }
 
 
+#: A worker that is stopped in the middle of a transaction holds its locks until then: as the default, and sooner.
+_SESSION = "-c lock_timeout=10s -c statement_timeout=60s -c idle_in_transaction_session_timeout=3s"
+#: Claims of one host wait for each other; a fleet has several.
+_HOSTS = 3
 #: What a storm does; the last is done once.
 _HITS = {"workers killed", "workers stopped", "Redis killed", "PostgreSQL killed", "messages flushed"}
 
@@ -74,7 +79,7 @@ class Fleet:
         values: dict[str, Any] = {
             **_SETTINGS,
             "data_dir": folder / "data",
-            "database_url": database_url,
+            "database_url": f"{database_url}?options={_SESSION}",
             "broker_url": broker.url,
             "store_url": f"s3://{BUCKET}/{folder.name}",
             "s3_endpoint_url": store["endpoint_url"],
@@ -87,7 +92,8 @@ class Fleet:
             "AWS_SECRET_ACCESS_KEY": store["secret_access_key"],
             "CHAOS_SWEEPS": str(sweeps),
         }
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self._nursery = Nursery(self._environment, folder)
+        self.processes: list[ForkedWorker] = []
         self._started = 0
         migrate(database_url)
         self.database = Database(database_url, Poker(make_app(self.settings)))
@@ -95,11 +101,13 @@ class Fleet:
         self.store = open_store(self.settings.object_store_url, options)
 
     def start_worker(self) -> None:
-        """Start one more worker, by the command that an operator uses."""
+        """Start one more worker, as the command that an operator uses does; two are a host."""
         self._started += 1
-        arguments = ["worker", "--pool=threads", "--concurrency=8", "-Q", "fetch,convert,light,device"]
-        arguments += ["-n", f"w{self._started}@%h", "--without-gossip", "--without-mingle", "--loglevel=WARNING"]
-        self.processes.append(self.start("celery", "-A", "tests.chaos.light_app", *arguments))
+        arguments = ["-A", "tests.chaos.light_app", "worker", "--pool=threads", "--concurrency=8"]
+        arguments += ["-Q", "fetch,convert,light,device", "-n", f"w{self._started}@%h"]
+        arguments += ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        host_name = f"host-{self._started // 2 % _HOSTS}"
+        self.processes.append(self._nursery.fork(arguments, {"EDGEKILN_HOST_NAME": host_name}))
 
     def start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a process of this installation."""
@@ -110,7 +118,7 @@ class Fleet:
 
     def replace_dead(self) -> None:
         """Start a worker for each that has ended, as a supervisor does."""
-        dead = [process for process in self.processes if process.poll() is not None]
+        dead = [process for process in self.processes if not process.is_alive()]
         for process in dead:
             self.processes.remove(process)
             self.start_worker()
@@ -137,6 +145,7 @@ class Fleet:
         for process in self.processes:
             process.wait()
         self.processes.clear()
+        self._nursery.close()
         self.database.close()
         assert find_processes(self.folder) == {}
 
@@ -171,9 +180,11 @@ class Weather:
     postgres_every_s: float = 30.0
     flush_after_s: float = 15.0
     #: Share of the hits on workers that kill; the others stop one for a while.
-    kill_share: float = 0.25
-    #: Most stops are short, lest nobody works; one in six outlasts the lease, and makes a zombie.
-    longest_stop_s: float = 7.0
+    kill_share: float = 0.2
+    #: Most stops are shorter than this, lest nobody works.
+    short_stop_s: float = 1.0
+    #: Share of the stops that outlast the lease by as much, and make a zombie.
+    zombie_share: float = 0.15
 
 
 @dataclass
@@ -245,16 +256,19 @@ class Storm:
             process for process in self.fleet.processes if process.pid not in self._stopped and is_at_work(process.pid)
         ]
         # The numbers drawn are the same whoever stands.
-        which, how, how_long = self._chance.random(), self._chance.random(), self._chance.random()
+        which, how, is_long, how_long = (self._chance.random() for _ in range(4))
         if not standing:
             return
         victim = standing[int(which * len(standing))]
         if how < self.weather.kill_share:
-            victim.kill()
+            victim.send_signal(signal.SIGKILL)
             self.hits["workers killed"] += 1
         else:
             victim.send_signal(signal.SIGSTOP)
-            self._stopped[victim.pid] = time.monotonic() + 0.2 + how_long**3 * self.weather.longest_stop_s
+            stop_s = 0.1 + how_long * self.weather.short_stop_s
+            if is_long < self.weather.zombie_share:
+                stop_s += self.fleet.settings.lease_s
+            self._stopped[victim.pid] = time.monotonic() + stop_s
             self.hits["workers stopped"] += 1
 
     def _wake(self, now: float) -> None:

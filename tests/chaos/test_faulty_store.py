@@ -17,9 +17,10 @@ from tests.chaos import light_catalog, scale
 from tests.chaos.census import Census, take_census
 from tests.chaos.faulty_proxy import FaultyProxy, alter, faulty_proxy
 from tests.chaos.orders import TENANT, Order, write_orders
-from tests.chaos.servers import BUCKET, make_client, s3_server
+from tests.chaos.servers import BUCKET, s3_server
 from tests.kiln import IMPATIENT, wait_for
 from tests.ledger_invariants import read_ledger
+from tests.services import make_s3_client
 from workers import process, transfer
 from workers.catalog import CATALOG, StepCode
 from workers.process import WorkerProcess
@@ -40,7 +41,9 @@ class Bench:
         """`store` is the server itself, to look at."""
         self.folder = folder
         self.store = store
-        settings = {**IMPATIENT, "data_dir": folder / "data", "max_failures": max_failures, "lease_s": 30}
+        # Without the host's copies, every input is read from the server.
+        bounds = {"max_failures": max_failures, "lease_s": 30, "max_cache_bytes": 0}
+        settings = {**IMPATIENT, "data_dir": folder / "data", **bounds}
         self.worker = WorkerProcess(load_settings(settings), lambda _classes: None)
 
     def submit(self, order: Order) -> str:
@@ -133,7 +136,7 @@ def test_an_object_that_rots_in_the_store_is_replaced_by_a_retry(
     rows = read_ledger(bench.worker.database)
     (convert,) = [row["id"] for row in rows["steps"] if row["kind"] == "convert"]
     (output,) = [row for row in rows["step_outputs"] if row["step_id"] == convert]
-    rot(make_client(address), f"{bench.folder.name}/{blob_key(output['digest'])}")
+    rot(make_s3_client(address), f"{bench.folder.name}/{blob_key(output['digest'])}")
     bench.run_until(bench.is_ended)
     (job,) = read_ledger(bench.worker.database)["jobs"]
     assert job["state"] == "failed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +28,13 @@ class MessageEater:
         self._is_full = threading.Event()
         self._thread = threading.Thread(target=self._eat)
 
+    def find_messages(self) -> list[Path]:
+        """Return the messages that nobody has read or eaten yet."""
+        return list(self.folder.glob("*/[0-9]*"))
+
     def _eat(self) -> None:
         while not self._is_full.wait(_EATEN_EVERY_S):
-            for path in self.folder.glob("*/[0-9]*"):
+            for path in self.find_messages():
                 try:
                     path.unlink()
                 except FileNotFoundError:  # a worker was faster
@@ -43,6 +49,17 @@ class MessageEater:
         finally:
             self._is_full.set()
             self._thread.join()
+
+
+@contextmanager
+def paused(pid: int | None) -> Iterator[None]:
+    """Let a process stand still meanwhile."""
+    assert pid is not None, "no worker runs"
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_job_ends_although_its_messages_are_lost(fire: Fire, checkpoint: Path) -> None:
@@ -62,8 +79,9 @@ def test_the_control_without_a_sweep_waits_for_ever(fire: Fire, checkpoint: Path
     kiln = fire(sweep_s=_NEVER_S, lease_s=_NEVER_S)
     eater = MessageEater(kiln)
     with eater.at_work():
-        job_id = kiln.submit(checkpoint, recipes=["dynamic_int8"], formats=["tflite"])
-        wait_for(lambda: eater.eaten >= 1, "the poke is lost")
+        with paused(kiln.worker_pid):  # else it may be faster than the eater
+            job_id = kiln.submit(checkpoint, recipes=["dynamic_int8"], formats=["tflite"])
+            wait_for(lambda: eater.eaten >= 1 and not eater.find_messages(), "the poke is lost")
         threading.Event().wait(_WATCHED_S)
         assert kiln.client.get(job_id)["state"] == "queued"
         assert kiln.attempts(job_id) == {}

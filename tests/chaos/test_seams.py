@@ -1,4 +1,7 @@
-"""A worker that dies at any seam of a step's commit: another one ends the step, and nothing is there twice or half."""
+"""A worker that dies at any seam of a publication of two formats, or wakes there: nothing is there twice or half.
+
+Every other step's seams are those of `test_every_seam`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ import pytest
 from service.ledger import claims, jobs, views
 from service.ledger.database import Database
 from service.ledger.states import StepState
-from service.ledger.tables import Blob, Publication, Step, StepOutput
+from service.ledger.tables import Publication, Step
 from service.requests import parse_request
 from service.settings import Settings, load_settings
 from service.storage import blob_key, open_configured_store
-from tests.chaos.faulty_worker import FETCH_SEAMS, PUBLISH_SEAMS
+from tests.chaos.faulty_worker import PUBLISH_SEAMS
 from tests.kiln import (
     IMPATIENT,
     PATIENCE_S,
@@ -85,9 +88,9 @@ def start_faulty_worker(folder: Path, *arguments: str) -> subprocess.Popen[bytes
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
 
 
-def crash(folder: Path, kind: str, seam: str) -> None:
+def crash(folder: Path, seam: str) -> None:
     """Let a worker die at a seam; leave nothing of it."""
-    process = start_faulty_worker(folder, kind, seam, "SIGKILL")
+    process = start_faulty_worker(folder, seam, "SIGKILL")
     try:
         assert process.wait(PATIENCE_S) == -signal.SIGKILL, (folder / "faulty.log").read_text()
         wait_for(lambda: not find_processes(folder), "no step outlives its worker")
@@ -119,7 +122,7 @@ def publishable(tmp_path: Path, publishable_dir: tuple[Path, str]) -> tuple[Path
 def test_a_publish_that_crashes_anywhere_publishes_once(seam: str, publishable: tuple[Path, str]) -> None:
     folder, job_id = publishable
     settings = make_settings(folder)
-    crash(folder, "publish", seam)
+    crash(folder, seam)
 
     with worker(settings) as process:
         is_committed = seam == "after_finish"
@@ -148,30 +151,6 @@ def test_a_publish_that_crashes_anywhere_publishes_once(seam: str, publishable: 
         assert {path.stem for path in (folder / "data" / "store" / "manifests").iterdir()} == named
 
 
-@pytest.mark.parametrize("seam", FETCH_SEAMS)
-def test_a_step_that_crashes_anywhere_leaves_whole_outputs_once(seam: str, checkpoint: Path, tmp_path: Path) -> None:
-    settings = make_settings(tmp_path)
-    with worker(settings) as process:
-        job_id = submit(process.database, checkpoint)
-        crash(tmp_path, "fetch", seam)
-        is_committed = seam == "after_finish"
-        assert is_in_state(process.database, job_id, "fetch", "succeeded") == is_committed
-        assert bool(read_rows(process.database, StepOutput)) == is_committed
-
-        run_until(process, lambda: is_in_state(process.database, job_id, "plan", "queued"), "fetch has ended")
-
-        expected = ["succeeded"] if is_committed else ["lost", "succeeded"]
-        assert read_attempts(process.database, job_id)["fetch"] == expected
-        outputs = {row["name"]: row["digest"] for row in read_rows(process.database, StepOutput)}
-        assert outputs == {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.iterdir() if path.is_file()
-        }
-        store = open_configured_store(settings)
-        for row in read_rows(process.database, Blob):
-            assert store.stat(blob_key(row["digest"])).size_bytes == row["size_bytes"]
-        check_store(tmp_path / "data" / "store")
-
-
 @pytest.mark.parametrize(
     ("seam", "fence"), [("before_rows", "fence"), ("before_finish", "fence"), ("before_finish", "no fence")]
 )
@@ -181,7 +160,7 @@ def test_a_zombie_writes_nothing_and_would_without_the_fence(
     """A worker is stopped with everything in its hands, loses its step to another, and is woken."""
     folder, job_id = publishable
     settings = make_settings(folder)
-    zombie = start_faulty_worker(folder, "publish", seam, "SIGSTOP", *(["--no-fence"] if fence == "no fence" else []))
+    zombie = start_faulty_worker(folder, seam, "SIGSTOP", *(["--no-fence"] if fence == "no fence" else []))
     try:
         with worker(settings) as process:
             wait_for(lambda: is_stopped(zombie.pid), "the zombie has stopped")

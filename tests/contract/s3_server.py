@@ -20,7 +20,7 @@ import eventlet.wsgi  # noqa: E402 - after the patch
 from swift.common import utils  # noqa: E402
 
 ACCESS_KEY = "test:tester"
-SECRET_KEY = "testing"
+SECRET_KEY = "kiln-bucket-secret-5f1c"
 
 _SWIFT_CONF = """
 [swift-hash]
@@ -36,7 +36,7 @@ _PROXY_CONF = """
 swift_dir = {folder}
 log_level = ERROR
 [pipeline:main]
-pipeline = catch_errors gatekeeper listing_formats s3api tempauth copy slo dlo proxy-server
+pipeline = catch_errors gatekeeper listing_formats s3api tempauth copy slo dlo versioned_writes symlink proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
@@ -61,6 +61,11 @@ use = egg:swift#copy
 use = egg:swift#slo
 [filter:dlo]
 use = egg:swift#dlo
+[filter:versioned_writes]
+use = egg:swift#versioned_writes
+allow_object_versioning = true
+[filter:symlink]
+use = egg:swift#symlink
 """
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
-import json
+import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +32,7 @@ from service.storage import (
     open_store,
     read_object,
 )
-from tests.services import give_up
+from tests.services import make_bucket, make_s3_client, parse_s3_url, s3_server
 
 #: The least that S3 takes for any part but the last.
 PART_BYTES = 5 << 20
@@ -54,23 +52,9 @@ class Bench:
 
 @pytest.fixture(scope="session")
 def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
-    if importlib.util.find_spec("swift") is None:
-        give_up("an S3 server: the test requirement `swift` is not installed")
-    folder = tmp_path_factory.mktemp("swift")
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("s3_server.py")), str(folder)]
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
-    ):
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            assert line, (folder / "log").read_text()
-            options = S3Options(**json.loads(line), addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
-            make_client(options).create_bucket(Bucket=BUCKET)
-            yield options
-        finally:
-            server.terminate()
+    with s3_server(tmp_path_factory.mktemp("swift") / "server") as address:
+        make_bucket(address, BUCKET)
+        yield S3Options(**address, addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
 
 
 @functools.cache
@@ -85,14 +69,31 @@ def make_client(options: S3Options) -> Any:
     )
 
 
-@pytest.fixture(params=["folder", "s3", "s3-md5"])
+#: A server that somebody has put beside the one that tests start; see `docs/configuration.md`.
+NAMED_URL = os.environ.get("EDGEKILN_TEST_S3_URL")
+
+
+@pytest.fixture(scope="session")
+def named_options() -> S3Options:
+    """Reach the server of `EDGEKILN_TEST_S3_URL`; its bucket is there or is made."""
+    address, bucket = parse_s3_url(NAMED_URL or "")
+    client = make_s3_client(address)
+    if bucket not in {each["Name"] for each in client.list_buckets()["Buckets"]}:
+        client.create_bucket(Bucket=bucket)
+    return S3Options(**address, addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
+
+
+@pytest.fixture(params=["folder", "s3", "s3-md5", *(["named", "named-md5"] if NAMED_URL else [])])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     if request.param == "folder":
         return make_folder_bench(tmp_path / "store")
-    options: S3Options = request.getfixturevalue("s3_options")
-    if request.param == "s3-md5":
+    server, _, checksum = request.param.partition("-")
+    options: S3Options = request.getfixturevalue(f"{server}_options")
+    if checksum:
         options = dataclasses.replace(options, upload_checksum="md5")
-    return make_s3_bench(options, prefix=f"tests/{tmp_path.name}")
+    bucket = parse_s3_url(NAMED_URL)[1] if server == "named" and NAMED_URL else BUCKET
+    # The bucket may outlive the run.
+    return make_s3_bench(options, bucket, prefix=f"tests/{uuid.uuid4().hex}")
 
 
 def make_folder_bench(root: Path) -> Bench:
@@ -107,18 +108,18 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def make_s3_bench(options: S3Options, prefix: str) -> Bench:
+def make_s3_bench(options: S3Options, bucket: str, prefix: str) -> Bench:
     client = make_client(options)
 
     def damage(key: str, data: bytes) -> None:
-        address = {"Bucket": BUCKET, "Key": f"{prefix}/{key}"}
+        address = {"Bucket": bucket, "Key": f"{prefix}/{key}"}
         fields = client.head_object(**address)["Metadata"]
         client.put_object(**address, Body=data, Metadata=fields)
 
     return Bench(
-        store=open_store(f"s3://{BUCKET}/{prefix}", options),
+        store=open_store(f"s3://{bucket}/{prefix}", options),
         damage=damage,
-        begin_upload=lambda: client.create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/blobs/left-behind"),
+        begin_upload=lambda: client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/blobs/left-behind"),
     )
 
 
@@ -153,6 +154,40 @@ def test_file_of_several_parts_comes_back_and_is_stored_once(
     assert bench.store.get_file(key, target, sha256) == path.stat().st_size
     assert digest_file(target)[0] == sha256
     assert bench.store.abort_stale_uploads(-3600) == 0
+
+
+def test_what_is_there_is_written_all_the_same_when_asked(
+    bench: Bench, large_file: tuple[Path, str], tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.write_bytes(b"0123456789")
+    for path in (small, large_file[0]):
+        sha256 = digest_file(path)[0]
+        key = blob_key(sha256)
+        bench.store.put_file(key, path, sha256)
+        assert bench.store.put_file(key, path, sha256, anew=True) is True
+        assert bench.store.put_file(key, path, sha256) is False, "control"
+        assert bench.store.get_file(key, tmp_path / "copy", sha256) == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("place", "is_short"),
+    [(PART_BYTES, False), (2 * PART_BYTES, True)],
+    ids=["flipped", "truncated"],
+)
+def test_damage_in_any_part_is_found(
+    bench: Bench, large_file: tuple[Path, str], tmp_path: Path, place: int, is_short: bool
+) -> None:
+    path, sha256 = large_file
+    key = blob_key(sha256)
+    bench.store.put_file(key, path, sha256)
+    damaged = bytearray(path.read_bytes())
+    damaged[place : None if is_short else place + 1] = b"" if is_short else bytes([damaged[place] ^ 1])
+    bench.damage(key, bytes(damaged))
+    with pytest.raises(BlobCorrupt) as caught:
+        bench.store.get_file(key, tmp_path / "copy", sha256)
+    assert caught.value.details["found"] == hashlib.sha256(damaged).hexdigest()
+    assert sorted(tmp_path.glob("copy*")) == sorted(tmp_path.glob(".part-*")) == []
 
 
 def test_file_that_nobody_changes_comes_back(bench: Bench, large_file: tuple[Path, str], tmp_path: Path) -> None:
@@ -433,10 +468,11 @@ def test_wrong_credentials_name_themselves(s3_options: S3Options) -> None:
         open_store(f"s3://{BUCKET}", options).check()
 
 
-def test_server_refuses_a_bad_checksum(s3_options: S3Options) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"ChecksumSHA256": f"{'A' * 43}="}, {"ContentMD5": f"{'A' * 22}=="}], ids=["sha256", "md5"]
+)
+def test_server_refuses_a_bad_checksum(s3_options: S3Options, wrong: dict[str, str]) -> None:
     """A control of the server itself: one that took anything would prove nothing about part checksums."""
     client = make_client(s3_options)
     with pytest.raises(client.exceptions.ClientError, match=r"(?i)checksum|digest"):
-        client.put_object(
-            Bucket=BUCKET, Key="bad", Body=b"x", ChecksumSHA256="AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
-        )
+        client.put_object(Bucket=BUCKET, Key="bad", Body=b"x", **wrong)

@@ -222,6 +222,22 @@ def test_a_body_that_is_not_json_is_refused(shop: Shop, content: str, kind: str)
     assert "JSON" in problem["detail"]
 
 
+# --- web folders ------------------------------------------------------------------------------------
+
+
+def test_only_web_hosts_that_the_operator_allows_may_be_named(world: World) -> None:
+    allowed, other = ({"kind": "https", "url": f"https://{name}/m/"} for name in ("a.example.org", "b.example"))
+    with world.http(source_hosts=("*.example.org",)) as http:
+        assert http.post("/v1/jobs", json={"source": allowed}).status_code == 201
+        problem = require_problem(http.post("/v1/jobs", json={"source": other}), 403, "source_not_allowed")
+    assert "EDGEKILN_SOURCE_HOSTS" in problem["detail"]
+    plain = {"kind": "https", "url": "http://127.0.0.1:8080/m/"}
+    with world.http() as http:
+        require_problem(http.post("/v1/jobs", json={"source": plain}), 403, "source_not_allowed")
+    with world.http(private_source_hosts=("127.0.0.1:8080",)) as http:
+        assert http.post("/v1/jobs", json={"source": plain}).status_code == 201
+
+
 # --- folders ----------------------------------------------------------------------------------------
 
 
@@ -317,6 +333,12 @@ def test_a_name_of_the_network_demands_a_key_though_the_server_listens_on_loopba
     # Behind a reverse proxy everybody comes from loopback.
     with world.http(base_url="http://kiln.example", allowed_hosts=("kiln.example",)) as http:
         require_problem(http.get("/v1/jobs"), 401, "unauthorized")
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host"])
+def test_what_a_proxy_passes_on_demands_a_key_whatever_host_it_names(shop: Shop, header: str) -> None:
+    assert shop.http.get("/v1/jobs").status_code == 200
+    require_problem(shop.http.get("/v1/jobs", headers={header: "203.0.113.9"}), 401, "unauthorized")
 
 
 def test_an_expired_key_is_refused(world: World, http: TestClient) -> None:

@@ -133,7 +133,7 @@ def test_a_restored_ledger_serves_and_goes_on(laptop: World, empty: World, tmp_p
     laptop.back_up(tmp_path / "backup")
     empty.restore(tmp_path / "backup")
 
-    assert access.find_caller(empty.database, key.secret).tenant_id == "default"
+    assert access.authenticate(empty.database, key.secret).tenant_id == "default"
     for digest in empty.database.read(lambda tx: tx.execute(select(Publication.digest)).scalars().all()):
         with empty.store.open(blob_key(digest)) as chunks:
             assert digest_bytes(b"".join(chunks)) == digest

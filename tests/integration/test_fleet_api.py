@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +29,8 @@ def play(world: World) -> StoredPlay:
 
 def make_key(world: World, tenant: str, *, is_operator: bool) -> str:
     access.ensure_tenant(world.database, tenant)
-    return access.create_key(world.database, tenant, "mine", is_operator=is_operator).secret
+    scopes = access.Scope if is_operator else access.DEFAULT_SCOPES
+    return access.create_key(world.database, tenant, "mine", scopes=scopes).secret
 
 
 def test_the_document_is_as_the_schema_says(world: World, play: StoredPlay) -> None:
@@ -102,11 +102,3 @@ def test_the_command_waits_until_a_drained_worker_is_idle(
     assert waited.exit_code == 0
     assert len(looks) == 1
     assert "runs nothing; it can be stopped" in waited.stderr
-
-
-def test_keys_say_whether_they_are_operators(run: Run, tmp_path: Path) -> None:
-    ledger = ["--data-dir", str(tmp_path)]
-    assert json.loads(run("keys", "create", "ops", "--operator", "--json", *ledger).stdout)["is_operator"] is True
-    assert run("keys", "create", "ci", *ledger).exit_code == 0
-    listed = json.loads(run("keys", "list", "--json", *ledger).stdout)
-    assert {key["name"]: key["is_operator"] for key in listed} == {"ops": True, "ci": False}

@@ -52,11 +52,11 @@ def test_an_upload_beyond_the_quota_is_refused(world: World, url: str, tmp_path:
 def test_the_command_sets_shows_and_lifts_quotas(run: Run, tmp_path: Path) -> None:
     ledger = ["--data-dir", tmp_path]
     run("keys", "create", "ci", "--tenant", "team", *ledger)
-    given = ["--running-steps", "8", "--unfinished-jobs", "500", "--stored", "200GB"]
+    given = ["--running-steps", "8", "--unfinished-jobs", "500", "--stored", "200GB", "--schedules", "20"]
     assert run("tenants", "limit", "team", *given, *ledger).exit_code == 0
     (team,) = json.loads(run("tenants", "--json", *ledger).stdout)
     limits = {name: quota["limit"] for name, quota in team["quotas"].items()}
-    assert limits == {"running_steps": 8, "unfinished_jobs": 500, "stored_bytes": 200 * 1000**3}
+    assert limits == {"running_steps": 8, "unfinished_jobs": 500, "stored_bytes": 200 * 1000**3, "schedules": 20}
     shown = run("tenants", *ledger).stdout
     assert "0 of 500" in shown
     assert "0 B of 200.0 GB" in shown

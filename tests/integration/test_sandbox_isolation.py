@@ -58,18 +58,78 @@ def test_probe_agrees_with_a_real_confinement(tmp_path: Path) -> None:
     assert in_child(confine) == probe_isolation()
 
 
-def test_filter_refuses_network_sockets_only() -> None:
+@pytest.mark.parametrize("allowed", [(), (socket.AF_INET,), (socket.AF_UNIX, socket.AF_INET6)])
+def test_filter_refuses_sockets_but_of_some_families(allowed: tuple[int, ...]) -> None:
     if platform.machine() not in ("x86_64", "aarch64"):
         pytest.skip("no filter is written for this machine")
 
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+
     def confine() -> Any:
         kernel.renounce_privileges()
-        kernel.refuse_network_sockets()
-        families = (socket.AF_INET, socket.AF_INET6, socket.AF_PACKET, socket.AF_UNIX)
+        kernel.refuse_sockets(allowed)
         seen = [attempt(lambda family=family: socket.socket(family, socket.SOCK_DGRAM)) for family in families]  # type: ignore[misc]
         return [*seen, attempt(socket.socketpair)]
 
-    assert in_child(confine) == ["PermissionError"] * 3 + ["allowed"] * 2
+    expected = ["allowed" if family in allowed else "PermissionError" for family in families]
+    assert in_child(confine) == [*expected, "allowed"], "pairs lead nowhere"
+
+
+def connect_to(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_services_of_the_host_are_out_of_reach(tmp_path: Path, network: bool) -> None:
+    """A database, a container engine, an agent with keys: their sockets stand in the file system."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "engine.sock"))
+        server.listen()
+
+        def confine() -> Any:
+            before = attempt(lambda: connect_to(tmp_path / "engine.sock"))
+            isolation = isolate(network=network, readable=[tmp_path], writable=[tmp_path])
+            return [before, isolation.sockets, attempt(lambda: connect_to(tmp_path / "engine.sock"))]
+
+        assert in_child(confine) in (["allowed", "filter", "PermissionError"], ["allowed", "open", "allowed"])
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of libc; raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def test_every_way_out_is_closed(tmp_path: Path) -> None:
+    needs_landlock()
+    worker = os.getpid()
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+    (outside / "secret").write_text("secret")
+    ways: dict[str, Callable[[], object]] = {
+        "a link to a file outside": lambda: (inside / "soft").read_text(),
+        "a second name of a file outside": lambda: os.link(outside / "secret", inside / "hard"),
+        "the root of another process": lambda: Path(f"/proc/{worker}/root{outside}/secret").read_text(),
+        "the memory of another process": lambda: os.open(f"/proc/{worker}/mem", os.O_RDONLY),
+        "the open files of another process": lambda: Path(f"/proc/{worker}/fd/0").readlink(),
+        "the command of a debugger": lambda: call("ptrace", 16, worker, None, None),
+        "the network of another process": lambda: os.open(f"/proc/{worker}/ns/net", os.O_RDONLY),
+        "a file system of its own": lambda: call("mount", b"none", str(inside).encode(), b"tmpfs", 0, None),
+        "another root": lambda: os.chroot(inside),
+        "a device": lambda: os.mknod(inside / "disk", 0o60600, os.makedev(8, 0)),
+        "calls queued for the kernel": lambda: call("syscall", 425, 1, ctypes.create_string_buffer(256)),
+        "a file of the system": lambda: os.open("/etc/passwd", os.O_WRONLY),
+    }
+
+    def confine() -> Any:
+        (inside / "soft").symlink_to(outside / "secret")
+        isolate(network=False, readable=[], writable=[inside])
+        return {way: attempt(action) for way, action in ways.items()}
+
+    assert {way: found for way, found in in_child(confine).items() if found == "allowed"} == {}
 
 
 def test_refused_namespace_falls_back_to_the_filter(tmp_path: Path) -> None:
@@ -156,20 +216,22 @@ def test_ordinary_user_is_confined_too(tmp_path: Path) -> None:
         port = server.getsockname()[1]
         network, user_id, connection = in_child(confine)
     # Hosts that forbid user namespaces fall back to the filter.
-    assert (network, connection) in {("namespace", "OSError"), ("filter", "PermissionError")}
+    assert network in ("namespace", "filter")
+    assert connection == "PermissionError"
     assert user_id == NOBODY
     assert (folder / "file").stat().st_uid == NOBODY
 
 
 @pytest.mark.parametrize(
-    ("network", "files", "level"),
+    ("network", "files", "sockets", "level"),
     [
-        ("namespace", "landlock", "strong"),
-        ("filter", "landlock", "strong"),
-        ("granted", "landlock", "strong"),
-        ("open", "landlock", "weak"),
-        ("namespace", "open", "weak"),
+        ("namespace", "landlock", "filter", "strong"),
+        ("filter", "landlock", "filter", "strong"),
+        ("granted", "landlock", "filter", "strong"),
+        ("open", "landlock", "open", "weak"),
+        ("namespace", "open", "filter", "weak"),
+        ("namespace", "landlock", "open", "weak"),
     ],
 )
-def test_level_needs_every_measure(network: str, files: str, level: str) -> None:
-    assert Isolation(network, files).level == level
+def test_level_needs_every_measure(network: str, files: str, sockets: str, level: str) -> None:
+    assert Isolation(network, files, sockets).level == level

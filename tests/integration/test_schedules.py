@@ -123,7 +123,9 @@ def test_tenants_see_nothing_of_each_other(world: World, http: TestClient) -> No
 # --- what a tick may read -----------------------------------------------------------------------
 
 
-def test_the_folder_is_stored_as_it_was_resolved_and_looked_at_again(world: World, http: TestClient) -> None:
+def test_the_folder_is_stored_as_it_was_resolved_and_looked_at_again(
+    world: World, http: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link = world.models / "latest"
     link.symlink_to("tiny")
     answer = http.post(
@@ -134,18 +136,22 @@ def test_the_folder_is_stored_as_it_was_resolved_and_looked_at_again(world: Worl
     schedule_id = answer.json()["id"]
     (world.models / "tiny").rmdir()
     (world.models / "tiny").symlink_to("/etc")
-    let_tick_come(world, schedule_id, schedules.GRACE_S + 1)
+    let_tick_come(world, schedule_id, 1)
+    monkeypatch.setattr(schedules, "GRACE_S", 0.0)
     (tick,) = schedules.fire_due(
-        world.database, lambda request: admit_source(request, world.settings), max_variants=256
+        world.database, lambda request: admit_source(request, world.settings), {}, max_variants=256
     )
     assert (tick.outcome, tick.error and tick.error["code"]) == ("refused", "folder_not_allowed")
 
 
-def test_a_root_taken_back_is_not_read_any_more(world: World, http: TestClient) -> None:
+def test_a_root_taken_back_is_not_read_any_more(
+    world: World, http: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     schedule_id = add(http, world)["id"]
-    let_tick_come(world, schedule_id, schedules.GRACE_S + 1)
+    let_tick_come(world, schedule_id, 1)
+    monkeypatch.setattr(schedules, "GRACE_S", 0.0)
     closed = world.settings.model_copy(update={"source_roots": ()})
-    (tick,) = schedules.fire_due(world.database, lambda request: admit_source(request, closed), max_variants=256)
+    (tick,) = schedules.fire_due(world.database, lambda request: admit_source(request, closed), {}, max_variants=256)
     assert tick.outcome == "refused"
     assert http.get("/v1/jobs").json()["jobs"] == []
 
@@ -195,7 +201,7 @@ def test_commands_add_list_show_pause_resume_and_remove(world: World, run: Calla
     assert "every 6h" in table
     assert [schedule["name"] for schedule in json.loads(run("schedules", "list", "--json").stdout)] == ["often", "tiny"]
     let_tick_come(world, schedule_id)
-    schedules.fire_due(world.database, lambda request: request, max_variants=256)
+    schedules.fire_due(world.database, lambda request: request, {}, max_variants=256)
     shown = run("schedules", "show", schedule_id).stdout
     assert f"tiny: {world.source['path']}, 0 3 * * * (Europe/Berlin), active" in shown
     assert shown.count("next: ") == 5

@@ -137,6 +137,6 @@ def test_the_client_uploads_over_a_real_socket(world: World, tmp_path: Path) -> 
         (tmp_path / "empty").touch()
         with pytest.raises(InvalidRequest, match="empty"):
             kiln.upload(tmp_path / "empty")
-        path.write_bytes(b"x" * (32 << 20))
+        path.write_bytes(b"x" * (8 << 20))
         with pytest.raises(PayloadTooLarge):
             kiln.upload(path)

@@ -80,15 +80,19 @@ def test_secrets_come_from_the_environment_and_have_no_defaults() -> None:
     assert {name for name, how in forms.items() if how == {":?"}} == REQUIRED
     assert all(how.startswith((":-", ":?")) and len(forms[name]) == 1 for name in forms for how in forms[name])
     suspects = [name for name in forms if re.search("PASSWORD|SECRET|KEY|TOKEN", name)]
-    assert {name for name in suspects if forms[name] != {":?"}} == {"HUB_TOKEN"}
-    assert forms["HUB_TOKEN"] == {":-"}
+    optional = {"HUB_TOKEN", "SOURCE_S3_ACCESS_KEY_ID", "SOURCE_S3_SECRET_ACCESS_KEY", "TOKEN_KEYS"}
+    assert {name for name in suspects if forms[name] != {":?"}} == optional
+    assert all(forms[name] == {":-"} for name in optional)
     for name in REQUIRED:
         with pytest.raises(compose.MissingVariable, match=name):
             compose.read_compose(VALUES | {name: ""})
 
 
-def test_only_fetches_get_the_hub_token_and_the_way_out() -> None:
-    assert [name for name, service in OWN.items() if "EDGEKILN_HUB_TOKEN" in service["environment"]] == ["worker-fetch"]
+def test_only_fetches_get_the_sources_credentials_and_the_way_out() -> None:
+    for credential in ("EDGEKILN_HUB_TOKEN", "EDGEKILN_SOURCE_S3_SECRET_ACCESS_KEY"):
+        assert [name for name, service in OWN.items() if credential in service["environment"]] == ["worker-fetch"]
+    sealing = [name for name, service in OWN.items() if "EDGEKILN_TOKEN_KEYS" in service["environment"]]
+    assert sealing == ["api", "worker-fetch"]
     assert [name for name, service in OWN.items() if "outer" in service["networks"]] == ["worker-fetch"]
     assert FILE["networks"]["inner"]["internal"] is True
     assert [name for name, service in SERVICES.items() if "ports" in service] == ["proxy"]

@@ -43,7 +43,7 @@ COMPUTED_DEFAULTS = {
 }
 #: Variables that are no settings of the service.
 CLIENT_VARIABLES = {URL_VARIABLE: f"`{DEFAULT_URL}`", KEY_VARIABLE: "empty"}
-TEST_VARIABLES = {"EDGEKILN_TEST_POSTGRES_URL"}
+TEST_VARIABLES = {"EDGEKILN_TEST_POSTGRES_URL", "EDGEKILN_TEST_S3_URL"}
 
 Row = dict[str, str]
 
@@ -195,7 +195,7 @@ def test_every_field_of_a_request_is_documented_with_its_default() -> None:
 
 def test_every_command_is_documented() -> None:
     rows = rows_by(PAGES["docs/cli.md"], "command")
-    named = {re.match(r"edgekiln [a-z ]*[a-z]", name)[0] for name in rows}  # type: ignore[index]
+    named = {re.match(r"edgekiln [a-z -]*[a-z]", name)[0] for name in rows}  # type: ignore[index]
     require_same(named, COMMANDS)
 
 
@@ -260,7 +260,9 @@ def test_nothing_is_named_that_is_not_there(name: str) -> None:
     assert set(re.findall(r"`make ([a-z-]+)`", PAGES[name])) <= targets
     # What is typed: in backquotes or at the beginning of a line of a code block.
     typed = re.findall(
-        r"(?:^|`|\$\()edgekiln ((?:keys |schedules |tenants |workers )?[a-z]+)", PAGES[name], re.MULTILINE
+        r"(?:^|`|\$\()edgekiln ((?:devices |keys |schedules |tenants |tokens |tools |workers )?[a-z]+(?:-[a-z]+)*)",
+        PAGES[name],
+        re.MULTILINE,
     )
     assert {f"edgekiln {words}" for words in typed} <= {*COMMANDS}
 

@@ -11,7 +11,7 @@ from service.ledger import claims, fleet, jobs, publications, results, views
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain
 from tests import ledger_play
-from tests.ledger_play import POLICY, SLOTS, TENANT, Play
+from tests.ledger_play import SLOTS, TENANT, Play
 
 IMPATIENT = claims.LeasePolicy(30, benchmark_patience_s=-1, max_failures=3, max_losses=10, retry_pause_s=0)
 MEASURED: dict[str, Any] = {"recipes": ["none"], "formats": ["tflite"], "devices": ["host"]}
@@ -196,24 +196,6 @@ def test_a_step_goes_to_the_tools_it_was_planned_for(play: Play) -> None:
     other = fleet.register_worker(play.database, "host-b", toolchain=newer, **facts)
     assert play.claim("convert", worker_id=other) is None
     assert play.claim("convert")
-
-
-def test_a_step_whose_tools_are_gone_is_claimed_to_be_failed(play: Play) -> None:
-    play.submit()
-    while (claim := play.claim("fetch", "light")) is not None:
-        play.finish(claim)
-
-    def silence(tx: Any) -> None:
-        tx.connection.exec_driver_sql("UPDATE workers SET heartbeat_at = '2001-01-01 00:00:00.000+00'")
-
-    play.database.write(silence)
-    newer = Toolchain({"converter": "2"}, {"convert": "b"})
-    facts: dict[str, Any] = {"cores": 2, "memory_bytes": 1, "memory_limit_bytes": 1, "slots": SLOTS, "isolation": {}}
-    other = fleet.register_worker(play.database, "host-b", toolchain=newer, **facts)
-    claim = claims.claim_next(play.database, other, "convert", POLICY)
-    assert claim
-    assert claim.kind == "convert"
-    assert claim.toolchain_id != newer.id
 
 
 def test_an_ended_job_hears_nothing_more(play: Play) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from service.errors import NotFound, QuotaExceeded
-from service.ledger import claims, jobs, quotas
+from service.ledger import claims, jobs, locks, quotas, schedules
 from service.ledger.blobs import OutputFile
-from service.ledger.database import Database
+from service.ledger.database import Database, Transaction
+from service.ledger.due import find_due_steps
 from service.ledger.uploads import enter_upload
+from service.schedules import ScheduleRequest
 from tests.ledger_play import TENANT, Play
 
 
@@ -121,6 +124,54 @@ def test_stored_bytes_count_each_content_once_and_refuse_what_would_add_more(pla
     play.run_all()
     assert play.job(job_id)["state"] == "succeeded"
     assert used(play, "unfinished_jobs") == 0
+
+
+def test_schedules_beyond_the_quota_are_refused_until_one_is_removed(play: Play) -> None:
+    job = {"source": {"kind": "folder", "path": "/models/tiny"}, "recipes": ["none"]}
+
+    def add(name: str) -> str:
+        request = ScheduleRequest.model_validate({"name": name, "job": job, "every_s": 3600})
+        return schedules.add_schedule(play.database, TENANT, request, max_variants=1)
+
+    first = add("first")
+    add("second")
+    quotas.set_quotas(play.database, TENANT, {"schedules": 2})
+    with pytest.raises(QuotaExceeded, match="has 2 schedules, and its quota is 2"):
+        add("third")
+    schedules.remove_schedule(play.database, TENANT, first)
+    add("third")
+    assert used(play, "schedules") == 2
+
+
+def test_a_claim_locks_nothing_after_its_tenant(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two due steps another worker takes the first: its tenant is not locked while the second's job is waited for.
+
+    Whoever submits or retries locks a job first, and then the tenant.
+    """
+    quotas.set_quotas(play.database, TENANT, {"running_steps": 9})
+    play.submit("/models/a")
+    play.submit("/models/b")
+    taken = play.claim("fetch")
+    assert taken is not None
+    locked = []
+
+    def find(tx: Transaction, *arguments: Any) -> list[str]:
+        return [taken.step_id, *find_due_steps(tx, *arguments)]
+
+    def trace(name: str, lock: Any) -> Any:
+        def call(tx: Transaction, *arguments: Any) -> Any:
+            locked.append(name)
+            return lock(tx, *arguments)
+
+        return call
+
+    monkeypatch.setattr(claims, "find_due_steps", find)
+    for name in ("lock_linked_jobs", "lock_tenant"):
+        monkeypatch.setattr(locks, name, trace(name, getattr(locks, name)))
+    claim = play.claim("fetch")
+    assert claim is not None
+    assert claim.step_id != taken.step_id
+    assert locked == ["lock_linked_jobs", "lock_linked_jobs", "lock_tenant"]
 
 
 def test_a_tenant_that_is_not_there_has_no_quota(play: Play) -> None:

@@ -154,7 +154,7 @@ def test_a_removed_job_is_no_more_what_a_schedule_waits_for(bench: Bench) -> Non
         tx.connection.exec_driver_sql("UPDATE schedules SET next_at = created_at")
 
     bench.database.write(fire_now)
-    (tick,) = schedules.fire_due(bench.database, lambda request: request, max_variants=256)
+    (tick,) = schedules.fire_due(bench.database, lambda request: request, {}, max_variants=256)
     assert tick.job_id is not None
     bench.play.run_all()
     bench.remove(tick.job_id)

@@ -39,13 +39,14 @@ class Bench:
         self.database = database
         self.clock = LedgerClock(database, "2026-11-21 12:00:00")
         self.play = Play(database)
+        self.refusals: schedules.Refusals = {}
 
     def add(self, name: str = "nightly", **fields: Any) -> str:
         request = ScheduleRequest.model_validate({"name": name, "job": JOB, **fields})
         return schedules.add_schedule(self.database, TENANT, request, max_variants=256)
 
     def fire(self, admit: Admit = admit_all, max_variants: int = 256) -> list[Tick]:
-        return schedules.fire_due(self.database, admit, max_variants=max_variants)
+        return schedules.fire_due(self.database, admit, self.refusals, max_variants=max_variants)
 
     def outcomes(self, admit: Admit = admit_all, max_variants: int = 256) -> list[str]:
         return [str(tick.outcome) for tick in self.fire(admit, max_variants)]
@@ -154,7 +155,7 @@ def fire_together(bench: Bench, beats: int) -> list[Tick]:
         database = Database(bench.database.url)
         bench.clock.lead(database)
         try:
-            return schedules.fire_due(database, meet, max_variants=256)
+            return schedules.fire_due(database, meet, {}, max_variants=256)
         finally:
             database.close()
 
@@ -187,16 +188,18 @@ def test_control_without_the_guard_each_beat_submits_a_job(
     assert bench.count_jobs() == beats
 
 
-def test_processes_that_meet_fire_a_tick_once(database: Database) -> None:
-    """By the database's own clock."""
+@pytest.mark.parametrize("beats", [2, 10])
+def test_processes_that_meet_fire_each_schedule_once(database: Database, beats: int) -> None:
+    """By the database's own clock; each process reads every schedule before any of them fires it."""
     Play(database)
-    request = ScheduleRequest.model_validate({"name": "soon", "every_s": 60, "job": JOB})
-    schedule_id = schedules.add_schedule(database, TENANT, request, max_variants=256)
-    put_back(database, schedule_id)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, schedule_beat.join, (context.Barrier(2),)) as pool:
-        assert sorted(pool.map(schedule_beat.beat, [database.url] * 2)) == [0, 1]
-    assert count_jobs(database) == 1
+    for name in ("one", "two", "three"):
+        request = ScheduleRequest.model_validate({"name": name, "every_s": 60, "job": JOB})
+        put_back(database, schedules.add_schedule(database, TENANT, request, max_variants=256))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([schedule_beat.__name__])
+    with ProcessPoolExecutor(beats, context, schedule_beat.join, (context.Barrier(beats),)) as pool:
+        assert sum(pool.map(schedule_beat.beat, [database.url] * beats)) == 3
+    assert count_jobs(database) == 3
 
 
 def put_back(database: Database, schedule_id: str) -> None:
@@ -335,18 +338,38 @@ def test_a_removed_schedule_leaves_its_jobs(bench: Bench) -> None:
     bench.add(every_s=3600)
 
 
-def test_a_folder_that_one_worker_may_not_read_is_left_to_others_for_a_while(bench: Bench) -> None:
-    def refuse(_request: JobRequest) -> JobRequest:
-        raise FolderNotAllowed("Not here.")
+def refuse(_request: JobRequest) -> JobRequest:
+    raise FolderNotAllowed("Not here.")
 
+
+def test_a_folder_that_one_worker_may_not_read_is_left_to_others_for_a_while(bench: Bench) -> None:
     schedule_id = bench.add(every_s=3600)
+    bench.clock.set("2026-11-21 13:00:01")
+    assert bench.fire(refuse) == []
     bench.clock.set("2026-11-21 13:04:59")
     assert bench.fire(refuse) == []
     assert bench.outcomes() == ["submitted"], "another worker"
+    bench.clock.set("2026-11-21 14:00:01")
+    assert bench.fire(refuse) == []
     bench.clock.set("2026-11-21 14:05:01")
     assert bench.outcomes(refuse) == ["refused"]
     assert bench.show(schedule_id)["ticks"][0]["error"]["message"] == "Not here."
     assert bench.count_jobs() == 1
+
+
+def test_after_an_outage_the_first_worker_back_leaves_to_others_what_it_may_not_read(bench: Bench) -> None:
+    bench.add(every_s=3600)
+    bench.clock.pass_time(hours=1, minutes=10)
+    assert bench.fire(refuse) == []
+    bench.clock.pass_time(minutes=4)
+    assert bench.fire(refuse) == []
+    assert bench.outcomes() == ["submitted"]
+    # Each tick has its own time.
+    assert bench.fire(refuse) == [] == list(bench.refusals)
+    bench.clock.pass_time(minutes=50)
+    assert bench.fire(refuse) == []
+    bench.clock.pass_time(minutes=5)
+    assert bench.outcomes(refuse) == ["refused"]
 
 
 def test_a_job_that_may_no_longer_be_submitted_is_refused_and_the_schedule_goes_on(bench: Bench) -> None:

@@ -258,10 +258,10 @@ def test_control_without_the_locks_the_dependent_is_stranded(
 ) -> None:
     play = Play(postgres_database)
     ignore: Callable[..., None] = lambda *_: None  # noqa: E731 - a no-op that takes anything
-    monkeypatch.setattr(locks, "lock_jobs", ignore)
-    monkeypatch.setattr(moves.locks, "lock_steps", ignore)
+    monkeypatch.setattr(locks, "lock_linked_jobs", ignore)
+    monkeypatch.setattr(locks, "lock_steps", ignore)
     # Without row locks the job's counters would serialise the two as well; leave them out.
-    monkeypatch.setattr(moves, "announce_step", ignore)
+    monkeypatch.setattr(moves, "announce", ignore)
     monkeypatch.setattr(moves, "recompute_job", ignore)
     assert finish_two_inputs_at_once(play, monkeypatch, _FREE_S) == ["waiting"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.host_cache import trim_cache
+from service.host_cache import make_download_folder, trim_cache
 
 HOUR_S = 3600.0
 MIB = 1024**2
@@ -91,3 +91,11 @@ def test_what_is_no_download_is_left_alone(tmp_path: Path, name: str) -> None:
 
 def test_a_host_without_a_cache_has_nothing_to_trim(tmp_path: Path) -> None:
     assert trim(tmp_path / "nowhere") == []
+
+
+def test_a_folder_of_downloads_is_made_for_a_key_and_found_again(tmp_path: Path) -> None:
+    folder = make_download_folder(tmp_path / "cache", "d" * 64)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "model.safetensors").write_bytes(b"part")
+    assert make_download_folder(tmp_path / "cache", "d" * 64) == folder
+    assert trim(tmp_path / "cache", keep_s=0) == ["d"], "where it looks is where they are"

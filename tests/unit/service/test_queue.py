@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from kombu.transport.redis import Transport
 from service import queue
 from service.queue import Poker, make_app
 from service.settings import load_settings
+from tests.kiln import wait_for
 
 
 class PlayedApp(Celery):  # type: ignore[misc]  # celery publishes no types
@@ -59,6 +61,29 @@ def test_a_broker_that_fails_is_asked_once_and_then_left_alone_for_a_while(
     now_s += queue._QUIET_S
     poke(["fetch", "light"])
     assert app.sent == ["light", "fetch", "light"]
+
+
+def test_whoever_pokes_while_another_waits_to_is_served_by_its_message() -> None:
+    app = PlayedApp()
+    gate, is_sending = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        is_sending.set()
+        assert gate.wait(30)
+
+    app.trouble = hang
+    poke = Poker(app)
+    threads = [threading.Thread(target=poke, args=(["fetch"],)) for _ in range(20)]
+    threads[0].start()
+    assert is_sending.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    # One waits to send after those who came while the first was sending; all others have gone.
+    wait_for(lambda: sum(thread.is_alive() for thread in threads) == 2, "nobody else waits")
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert app.sent == ["fetch", "fetch"]
 
 
 def test_a_redis_has_time_to_say_that_there_is_no_message() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidRequest, SourceNotFound
-from service.requests import FolderSource, HubSource, parse_request, parse_source
+from service.requests import FolderSource, HttpsSource, HubSource, S3Source, parse_request, parse_source, write_source
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,57 @@ def test_a_mistyped_folder_never_goes_to_the_hub(text: str, tmp_path: Path) -> N
 )
 def test_what_can_only_be_a_repository_is_one(text: str, source: HubSource) -> None:
     assert parse_source(text) == source
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "label"),
+    [
+        ("https://Models.Example.org/mine", "https://models.example.org/mine/", "mine"),
+        ("https://models.example.org:443/a%20b/", "https://models.example.org/a%20b/", "a-b"),
+        ("https://[2001:DB8::1]:8443", "https://[2001:db8::1]:8443/", "2001-db8-1-8443"),
+    ],
+)
+def test_a_web_folder_has_one_form(text: str, url: str, label: str) -> None:
+    source = parse_source(text)
+    assert source == HttpsSource(url=url)
+    assert source.label == label
+    assert parse_source(write_source({}, source)) == source
+
+
+def test_a_bucket_is_written_as_everywhere() -> None:
+    source = parse_source("s3://models/tiny/v2/")
+    assert source == S3Source(bucket="models", prefix="tiny/v2")
+    assert source.label == "v2"
+    assert parse_source(write_source({}, source)) == source
+    assert parse_source("s3://models") == S3Source(bucket="models")
+
+
+def test_a_source_may_be_written_as_json() -> None:
+    text = '{"kind": "https", "url": "https://h.example/m/", "files": ["tokenizer.json", "config.json"]}'
+    source = parse_source(text)
+    assert source == HttpsSource(url="https://h.example/m/", files=("config.json", "tokenizer.json"))
+    assert parse_source(write_source({}, source)) == source
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("https://h.example/m/config.json", r"source\.url: name the folder that holds config\.json"),
+        ("https://user:hush@h.example/m/", "must not hold a user name"),
+        ("https://h.example/m/?token=hush", "must not hold a query"),
+        ("https://0x7f.1/", "neither a host's name nor an IP address"),
+        ('{"kind": "https", "url": "https://h.example/", "files": ["../x"]}', "is no file of a checkpoint"),
+        ("s3://models/a//b", "is no prefix"),
+        ("s3://models/../b", "is no prefix"),
+        ("s3://models/a/model.safetensors", "name the prefix"),
+        ("s3://M/x", r"source\.bucket"),
+        ('{"kind": "https", "url"', "The source as JSON"),
+    ],
+)
+def test_an_address_that_cannot_be_meant_is_refused_with_a_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence) as caught:
+        parse_source(text)
+    assert "hush" not in str(caught.value.to_json())
 
 
 WEIGHTS = {"num_bits": 8, "granularity": "CHANNELWISE"}

@@ -9,7 +9,7 @@ import pytest
 
 from service.ledger.plan import RESOURCE_CLASSES
 from workers import catalog
-from workers.catalog import CATALOG, PRELOADS, StepCode, read_toolchain
+from workers.catalog import CATALOG, MEASURE_PHONE, PRELOADS, PREPARE_PHONE, StepCode, read_toolchain
 
 ROOT = Path(catalog.__file__).parents[1]
 #: What every step shares and what decides no output byte.
@@ -61,7 +61,8 @@ def test_a_revision_covers_every_module_that_the_step_imports(kind: str) -> None
 
 def test_every_kind_but_publish_is_in_the_catalog() -> None:
     assert set(RESOURCE_CLASSES) - set(CATALOG) == {"publish"}
-    assert {code.pool for code in CATALOG.values()} == set(PRELOADS)
+    every = [*CATALOG.values(), PREPARE_PHONE, MEASURE_PHONE]
+    assert {code.pool for code in every} == set(PRELOADS)
 
 
 def test_a_changed_byte_changes_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,65 @@ def test_a_step_that_succeeds_is_recorded(bench: Bench) -> None:
     assert step["state"] == "succeeded", step
     assert bench.logs() == [("succeeded", True)]
     assert not list((bench.folder / "work").iterdir())
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_class_without_a_free_slot_asks_the_ledger_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Most messages of a busy fleet find every slot taken; with a free one, the ledger is asked."""
+    bench.play.submit(path="/models/other")
+    asked = []
+    claim_next = claims.claim_next
+
+    def count(database: Database, worker_id: str, resource_class: str, policy: claims.LeasePolicy) -> Any:
+        asked.append(resource_class)
+        return claim_next(database, worker_id, resource_class, policy)
+
+    monkeypatch.setattr(claims, "claim_next", count)
+
+    def act(step_dir: Path, **_: Any) -> ChildResult:
+        if len(asked) == 1:
+            assert runner.run_next("fetch") == (slots == 2)
+        return ended(step_dir)
+
+    runner = bench.make_runner(act, fetch_slots=slots)
+    assert runner.run_next("fetch")
+    assert len(asked) == slots
+    # What ran has ended, and its slot is free.
+    assert runner.run_next("fetch")
+
+
+def test_of_messages_that_came_together_one_finds_that_nothing_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(claims, "claim_next", lambda *_: asked.append(1))
+    runner = bench.make_runner(lambda step_dir, **_: ended(step_dir))
+    woken_at = time.monotonic()
+    assert not runner.run_next("fetch")
+    # One that had come before and waited for its turn, another class, and one that comes now.
+    assert runner._claim("fetch", woken_at) is None
+    assert len(asked) == 1
+    assert runner._claim("light", woken_at) is None
+    assert not runner.run_next("fetch")
+    assert len(asked) == 3
+
+
+def test_a_ledger_that_is_away_costs_a_message_and_no_more(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise LedgerBusy("The ledger does not answer.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "claim_next", refuse)
+        assert not bench.make_runner(lambda step_dir, **_: ended(step_dir)).run_next("fetch")
+    monkeypatch.setattr(claims, "due_classes", refuse)
+    assert bench.make_runner(lambda step_dir, **_: ended(step_dir)).run_next("fetch")
+    assert bench.step()["state"] == "succeeded"
+    assert "claim a step" in caplog.text
+    assert "wake others" in caplog.text
 
 
 def test_the_measuring_host_chooses_its_threads(bench: Bench) -> None:

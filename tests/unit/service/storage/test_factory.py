@@ -62,6 +62,9 @@ def test_settings_reach_the_s3_store(tmp_path: Path) -> None:
         s3_endpoint_url="http://store.invalid:9000",
         s3_region="us-east-1",
         s3_request_checksums="when_supported",
+        s3_upload_checksum="md5",
+        s3_part_bytes=8 << 20,
+        s3_connections=3,
     )
     store = open_configured_store(settings)
     assert isinstance(store, S3Store)
@@ -70,5 +73,20 @@ def test_settings_reach_the_s3_store(tmp_path: Path) -> None:
         region="us-east-1",
         addressing="path",
         request_checksum_calculation="when_supported",
-        response_checksum_validation="when_supported",
+        upload_checksum="md5",
+        part_size_bytes=8 << 20,
+        parallel=3,
     )
+
+
+@pytest.mark.parametrize("value", ["when_required", "when_supported"])
+def test_both_sides_of_boto3_s_own_checksums_are_settings(tmp_path: Path, value: str) -> None:
+    from service.storage.s3 import S3Store
+
+    for side, option in (("request", "request_checksum_calculation"), ("response", "response_checksum_validation")):
+        fields = {f"s3_{side}_checksums": value, "s3_region": "us-east-1", "store_url": "s3://bucket"}
+        store = open_configured_store(Settings.model_validate({"data_dir": tmp_path, **fields}))
+        assert isinstance(store, S3Store)
+        assert getattr(store._client.meta.config, option) == value
+        other = "response_checksum_validation" if side == "request" else "request_checksum_calculation"
+        assert getattr(store._client.meta.config, other) == "when_required", "control: each has its own"

@@ -38,6 +38,10 @@ def test_percentiles_interpolate() -> None:
         # One outlier in five does not move a robust spread.
         ([100.0, 101.0, 99.0, 100.5, 20.0], 5, Verdict.STABLE),
         ([100.0, 130.0, 70.0, 115.0, 85.0], 5, Verdict.NOISY),
+        # Slower with every process: the device holds its clocks down, whatever it says.
+        ([100.0, 99.0, 97.0, 96.0, 95.0], 5, Verdict.HOT),
+        # The same falls within what phones differ by anyway.
+        ([100.0, 99.9, 99.5, 99.0, 98.0], 5, Verdict.STABLE),
         ([100.0, 101.0, 99.0, 100.5], 5, Verdict.SHORT),
         ([100.0, 100.0], 2, Verdict.SHORT),
         ([100.0, 100.0, 0.0], 3, Verdict.DEAD),
@@ -48,6 +52,18 @@ def test_percentiles_interpolate() -> None:
 )
 def test_verdicts(samples: list[float | None], asked: int, verdict: Verdict) -> None:
     assert judge(samples, asked) is verdict
+
+
+def test_times_that_grow_are_hot() -> None:
+    assert judge([10.0, 10.2, 10.4, 10.6], 4, less_is_better=True) is Verdict.HOT
+    assert judge([10.6, 10.4, 10.2, 10.0], 4, less_is_better=True) is Verdict.STABLE
+
+
+def test_an_interval_needs_six_samples() -> None:
+    assert summarize([1.0, 2.0, 3.0, 4.0, 5.0]).interval is None
+    # Of six, the median lies between the smallest and the largest with 1 - 2 / 2**6.
+    assert summarize([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]).interval == (1.0, 6.0)
+    assert summarize([float(value) for value in range(1, 12)]).interval == (2.0, 10.0)
 
 
 def test_less_work_than_asked_is_short() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.sandbox.log import CappedLog, read_tail
+from workers.sandbox.log import SHOWN_BYTES, CappedLog, read_end, read_tail
 
 
 def write(path: Path, limit_bytes: int, pieces: list[bytes]) -> bytes:
@@ -48,3 +48,19 @@ def test_tail_is_bounded_and_survives_broken_text(tmp_path: Path) -> None:
 
 def test_tail_of_no_log_is_empty(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "missing") == ""
+
+
+@pytest.mark.parametrize("size", [1, 1000, SHOWN_BYTES, 3 * SHOWN_BYTES + 7])
+@pytest.mark.parametrize("limit_bytes", [100, 4 * SHOWN_BYTES, 100 * SHOWN_BYTES])
+def test_the_end_is_seen_while_the_log_grows_however_long_it_is(tmp_path: Path, size: int, limit_bytes: int) -> None:
+    path = tmp_path / "log"
+    assert read_end(path) == (b"", 0)
+    log = CappedLog(str(path), limit_bytes)
+    text = b""
+    for number in range(5000 if size == 1 else 30):
+        piece = bytes((number + place) % 251 for place in range(size))
+        log.write(piece)
+        text += piece
+        if number % 7 == 0:
+            assert read_end(path) == (text[-SHOWN_BYTES:], len(text))
+    log.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from service import checkpoint_files
+from service.checkpoint_files import SourceFile, choose_needed, is_needed
 from service.errors import CheckpointInvalid, CheckpointUnsafe
-from workers.fetch import needed_files
-from workers.fetch.needed_files import SourceFile, choose_needed, is_needed
 
 PARTS = ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -54,6 +54,13 @@ def test_pickled_weights_alone_are_unsafe(pickle: str) -> None:
     assert "The folder /x" in caught.value.message
 
 
+@pytest.mark.parametrize("archive", ["model.zip", "model.tar.gz", "model.tgz", "model.safetensors.zip", "model.gguf"])
+def test_archives_are_no_checkpoints(archive: str) -> None:
+    assert not is_needed(archive)
+    with pytest.raises(CheckpointInvalid, match="no weights"):
+        choose_needed(listing("config.json", "tokenizer.json", archive), "It")
+
+
 def test_pickles_beside_safetensors_are_left_behind() -> None:
     assert [file.path for file in choose_needed(listing(*PARTS, "pytorch_model.bin"), "It")] == PARTS
 
@@ -79,7 +86,7 @@ def test_a_listing_without_the_parts_is_refused(names: list[str], reason: str) -
 )
 def test_number_and_sizes_are_capped(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     assert choose_needed(listing(*PARTS), "It")
-    monkeypatch.setattr(needed_files, limit, value)
+    monkeypatch.setattr(checkpoint_files, limit, value)
     with pytest.raises(CheckpointInvalid, match="more than"):
         choose_needed(listing(*PARTS), "It")
 

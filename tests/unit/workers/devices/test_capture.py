@@ -1,0 +1,78 @@
+"""The protocol of a measurement, on a device that says what a test wants it to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import DeviceHot
+from workers.devices import capture
+
+ASKED = {
+    "format": "litertlm",
+    "processes": 6,
+    "threads": 4,
+    "backend": "gpu",
+    "prefill_tokens": 128,
+    "decode_tokens": 64,
+}
+
+
+def make_device(run: Callable[[int], dict[str, Any]], fit: Callable[[int], None] = lambda _: None) -> capture.Device:
+    """A device whose nth process answers `run(n)`, after `fit(n)`."""
+    counts = {"run": 0, "fit": 0}
+
+    def call(name: str, function: Callable[[int], Any]) -> Any:
+        counts[name] += 1
+        return function(counts[name] - 1)
+
+    return capture.Device(
+        record={"name": "a phone", "kind": "virtual"},
+        run_process=lambda _label: call("run", run),
+        read_conditions=lambda: {"thermal_status": 0},
+        wait_until_fit=lambda: call("fit", fit),
+    )
+
+
+def sample(number: int, **fields: Any) -> dict[str, Any]:
+    speed = 100.0 + number % 3
+    figures = {"prefill_tokens_per_s": speed, "decode_tokens_per_s": speed, "ttft_s": 1 / speed, "init_s": 0.5}
+    return {**figures, "prefill_tokens": 128, "decode_tokens": 64, "wall_s": 2.0, "log": "", **fields}
+
+
+def measure(device: capture.Device, folder: Path) -> dict[str, Any]:
+    return capture.measure(device, ASKED, folder, lambda *_: None)
+
+
+def test_what_ran_elsewhere_than_asked_says_so_in_its_figures(tmp_path: Path) -> None:
+    assert measure(make_device(lambda number: sample(number, ran_on="cpu")), tmp_path)["ran_on"] == "cpu"
+    assert json.loads((tmp_path / capture.DOCUMENT).read_text())["ran_on"] == "cpu"
+
+
+def test_control_what_ran_as_asked_says_nothing(tmp_path: Path) -> None:
+    assert "ran_on" not in measure(make_device(sample), tmp_path)
+
+
+def test_a_phone_that_gets_too_hot_for_a_second_capture_keeps_the_first(tmp_path: Path) -> None:
+    def noisy(number: int) -> dict[str, Any]:
+        speed = 100.0 * (1 + number % 2)
+        return sample(number, prefill_tokens_per_s=speed, decode_tokens_per_s=speed)
+
+    def fit(number: int) -> None:
+        if number > ASKED["processes"]:
+            raise DeviceHot("hot")
+
+    found = measure(make_device(noisy, fit), tmp_path)
+    assert (found["verdict"], found["captures"]) == ("noisy", 1)
+
+
+def test_a_phone_that_is_too_hot_at_first_is_an_error(tmp_path: Path) -> None:
+    def fit(number: int) -> None:
+        raise DeviceHot("hot")
+
+    with pytest.raises(DeviceHot):
+        measure(make_device(sample, fit), tmp_path)
