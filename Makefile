@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_DIR ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-fast test-families chaos check format clean
+.PHONY: help install demo up test test-fast test-families test-templates chaos check format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ test-fast: install ## Run the tests that need no conversion
 	$(BIN)/python -m pytest tests/unit tests/contract tests/migration
 
 test-families: install ## Convert and prove every family, and write docs/supported.md (about 10 minutes on 2 cores)
-	$(BIN)/python -m pytest tests/families
+	$(BIN)/python -m pytest tests/families/test_families.py
+
+test-templates: install ## Make and prove a graph template of every family (about half an hour on 2 cores)
+	$(BIN)/python -m pytest tests/families/test_templates.py
 
 # What the long form is made of; the same seed plays the same faults.
 SEED := $(or $(SEED),$(shell date +%s))
@@ -40,17 +43,21 @@ RACES ?= 5000
 EXAMPLES ?= 300
 STORE_JOBS ?= 100
 SOAK_MIN ?= 10
+OBJECT_BYTES ?= 5368709121
+STORM_MIN ?= 0
 CHAOS := CHAOS_SEED=$(SEED) CHAOS_JOBS=$(JOBS) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
-	CHAOS_STORE_JOBS=$(STORE_JOBS) CHAOS_SOAK_MIN=$(SOAK_MIN)
+	CHAOS_STORE_JOBS=$(STORE_JOBS) CHAOS_SOAK_MIN=$(SOAK_MIN) CHAOS_STORM_MIN=$(STORM_MIN) \
+	CHAOS_OBJECT_BYTES=$(OBJECT_BYTES)
 
 chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)
 	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos/test_*.py tests/chaos/soak.py
 
-check: install ## Lint, types, import rules
+check: install ## Lint, types, import rules, known vulnerabilities of dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
 
 format: install ## Format the code
 	$(BIN)/ruff check --fix-only --quiet .
