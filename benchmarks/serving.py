@@ -177,7 +177,8 @@ def main() -> None:
         key = access.create_key(database, access.DEFAULT_TENANT, "benchmark").secret
         # Nothing listens there: the first step ends soon after it has begun.
         hub = {"hub_endpoint": "http://127.0.0.1:9", "max_failures": 1, "light_slots": 1, "device_slots": 0}
-        settings = {"database_url": ledger_url, "broker_url": broker_url, "data_dir": folder / "data", **hub}
+        unlimited = {"key_requests_per_min": 0, "tenant_requests_per_min": 0}
+        settings = {"database_url": ledger_url, "broker_url": broker_url, "data_dir": folder / "data"} | hub | unlimited
         environment = {
             **clean_environment(folder, settings),
             "BARE_DATABASE_URL": make_database(server_url, f"edgekiln_serving_{secrets.token_hex(4)}"),
