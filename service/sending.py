@@ -36,6 +36,8 @@ _CHUNK_BYTES = 256 << 10
 _PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
 _MAX_NAME = 200
+#: How often a server may fail to put the pieces together before its being at it counts for nothing.
+_MOST_FAILED_TRIES = 3
 #: What goes by.
 _PASSING = (ServiceUnavailable, StoreUnavailable, LedgerBusy)
 
@@ -73,7 +75,8 @@ def send_file(send: Send, file: LargeFile, patience_s: float, on_bytes: OnBytes 
     """Upload a file and return its upload, as `POST /v1/uploads` does.
 
     Goes on with what an earlier call left unfinished. Tries again for `patience_s` seconds after the last byte that
-    arrived. Raises `BlobCorrupt` when the file changed meanwhile.
+    arrived, or the last sign that the server puts the pieces together; then raises `ServiceUnavailable`. Raises
+    `BlobCorrupt` when the file changed meanwhile.
     """
     return _Sender(send, file, patience_s, on_bytes).run()
 
@@ -101,13 +104,27 @@ class _Sender:
                 document = self._patiently(self._read)
                 if document["offset_bytes"] > before_bytes:
                     self._go_on()
-        while document["state"] == "assembling":
-            self._go_on()
-            time.sleep(_PAUSE_S)
-            document = self._patiently(self._read)
+        document = self._await_whole(document)
         if document["upload"] is None:
             raise _name_failure(document["error"])
         return dict(document["upload"])
+
+    def _await_whole(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Wait until the server has put the pieces together, for as long as it shows that it is at it."""
+        self._go_on()
+        most_failures = document.get("failed_tries", 0) + _MOST_FAILED_TRIES
+        while document["state"] == "assembling":
+            self._pause(
+                ServiceUnavailable(
+                    f"The server has every byte of {self._file.path}, but has not put them together for "
+                    f"{self._patience_s:.0f} s. Upload the file again: nothing is sent twice."
+                )
+            )
+            held_until = document.get("assembled_until")
+            document = self._patiently(self._read)
+            if document.get("assembled_until") != held_until and document.get("failed_tries", 0) < most_failures:
+                self._go_on()
+        return document
 
     def _open(self) -> dict[str, Any]:
         """Return an unfinished upload of the same file, or a new one."""

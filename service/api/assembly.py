@@ -11,20 +11,25 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from service.api.context import Context
-from service.api.intake import open_spool
+from service.api.intake import Spool, open_spool
 from service.errors import BlobCorrupt, BlobMissing, EdgeKilnError, NotFound
 from service.ledger import resumable
 from service.ledger.blobs import OutputFile, Reprieves
+from service.ledger.database import LEDGER_AWAY
 from service.storage import blob_key, check_stream
 
 log = logging.getLogger(__name__)
 
 #: Each has the whole file on this host's disk.
 _AT_ONCE = 2
-#: How long nobody else takes an assembly up after its last sign of life.
-_HOLD_S = 600.0
+#: How long nobody else takes an assembly up after its last sign of life, and how often there is one.
+_HOLD_S = 60.0
+_BEAT_S = 10.0
 #: Before another try after a full disk, or while the store is away: each begins with the first byte.
 _PAUSE_S = 30.0
+#: How often a part is read that comes with other bytes than it has, and how long after.
+_READS = 4
+_READ_PAUSE_S = 1.0
 
 
 class Assembler:
@@ -34,23 +39,50 @@ class Assembler:
         self._context = context
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="assembly")
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        #: What is done here or waits for a thread.
+        self._held: set[str] = set()
+        self._beating = threading.Thread(target=self._beat, name="assembly-beat", daemon=True)
+        self._beating.start()
 
     def begin(self, tenant_id: str, upload_id: str, size_bytes: int, announced_digest: str | None) -> None:
         """Make the upload, unless somebody is at it; returns at once."""
         if not self._closed.is_set() and resumable.claim_assembly(
             self._context.database, tenant_id, upload_id, _HOLD_S
         ):
+            with self._lock:
+                self._held.add(upload_id)
             self._pool.submit(self._assemble, tenant_id, upload_id, size_bytes, announced_digest)
 
     def close(self) -> None:
         """Give back what is not finished; returns when the threads have ended."""
         self._closed.set()
         self._pool.shutdown(cancel_futures=False)
+        self._beating.join()
+
+    def _beat(self) -> None:
+        """Show that this process lives, until it ends: `Client.upload` waits for as long."""
+        while not self._closed.wait(_BEAT_S):
+            for upload_id in list(self._held):
+                with self._lock:
+                    if upload_id in self._held:
+                        self._hold(upload_id)
+
+    def _hold(self, upload_id: str) -> None:
+        try:
+            resumable.hold_assembly(self._context.database, upload_id, _HOLD_S)
+        except LEDGER_AWAY as error:
+            log.warning("upload %s cannot be held: %s", upload_id, error)
 
     def _assemble(self, tenant_id: str, upload_id: str, size_bytes: int, announced_digest: str | None) -> None:
         database = self._context.database
         try:
-            if not self._make_upload(tenant_id, upload_id, size_bytes, announced_digest):
+            try:
+                is_done = self._make_upload(tenant_id, upload_id, size_bytes, announced_digest)
+            finally:
+                with self._lock:
+                    self._held.discard(upload_id)
+            if not is_done:
                 resumable.hold_assembly(database, upload_id, 0)
         except NotFound:
             log.info("upload %s was given up while it was put together", upload_id)
@@ -59,7 +91,7 @@ class Assembler:
             resumable.fail_assembly(database, upload_id, error.to_json())
         except EdgeKilnError as error:
             log.warning("upload %s cannot be put together now: %s", upload_id, error)
-            resumable.hold_assembly(database, upload_id, _PAUSE_S)
+            resumable.put_off_assembly(database, upload_id, _PAUSE_S)
         except Exception:
             # The hold runs out by itself.
             log.exception("upload %s could not be put together", upload_id)
@@ -75,11 +107,7 @@ class Assembler:
             for part in resumable.read_parts(database, upload_id):
                 if self._closed.is_set() or self._context.stopping.is_set():
                     return False
-                key = blob_key(part.digest)
-                with self._context.store.open(key) as chunks:
-                    for chunk in check_stream(chunks, key, part.digest):
-                        spool.write(chunk)
-                resumable.hold_assembly(database, upload_id, _HOLD_S)
+                self._append(spool, part.digest)
             if spool.size_bytes != size_bytes:
                 log.info("upload %s was put together by another meanwhile", upload_id)
                 return True
@@ -92,3 +120,19 @@ class Assembler:
                 )
             spool.keep(self._context, commit)
         return True
+
+    def _append(self, spool: Spool, digest: str) -> None:
+        """Read a part; raises `BlobCorrupt` when it is damaged each time, and not only on its way."""
+        key, mark = blob_key(digest), spool.mark()
+        for reads_left in reversed(range(_READS)):
+            try:
+                with self._context.store.open(key) as chunks:
+                    for chunk in check_stream(chunks, key, digest):
+                        spool.write(chunk)
+                return
+            except BlobCorrupt as error:
+                if not reads_left:
+                    raise
+                log.warning("a part is read again: %s", error)
+                spool.return_to(mark)
+                self._closed.wait(_READ_PAUSE_S)

@@ -11,6 +11,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -21,6 +22,14 @@ from service.storage.disk import disk_errors
 from service.user_files import UPLOAD_FILE
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a spool to return to."""
+
+    size_bytes: int
+    digest: hashlib._Hash
 
 
 class Spool:
@@ -35,6 +44,16 @@ class Spool:
         """Take the next bytes."""
         self._digest.update(data)
         self.size_bytes += self._stream.write(data)
+
+    def mark(self) -> Mark:
+        """Return where it stands."""
+        return Mark(self.size_bytes, self._digest.copy())
+
+    def return_to(self, mark: Mark) -> None:
+        """Forget what came after a mark."""
+        self._stream.seek(mark.size_bytes)
+        self._stream.truncate()
+        self.size_bytes, self._digest = mark.size_bytes, mark.digest.copy()
 
     @property
     def digest(self) -> str:

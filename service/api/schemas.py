@@ -106,6 +106,8 @@ class ResumableDocument(_Document):
     sha256: str | None = Field(description="As announced.")
     upload: UploadDocument | None = Field(description="What became of it, once it is stored.")
     error: ErrorDocument | None
+    assembled_until: datetime | None = Field(description="Moves on while a server puts the pieces together.")
+    failed_tries: int = Field(description="How often that has failed for what passes, such as a full disk.")
     created_at: datetime
     expires_at: datetime = Field(description="Each piece puts it off.")
 

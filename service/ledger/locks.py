@@ -1,4 +1,4 @@
-"""Row locks, in one order: host or device, jobs by id, steps by id, tenant, blobs by digest.
+"""Row locks, in one order: host or device, jobs by id, steps by id, tenant, upload in pieces, blobs by digest.
 
 Without them two inputs that finish at the same instant each see the other as unfinished and strand their dependent.
 The locks are `FOR NO KEY UPDATE`, so that a row that merely refers to a locked one can still be written. SQLite has one
@@ -16,7 +16,7 @@ from sqlalchemy import and_, select
 from service.ledger.clock import now
 from service.ledger.database import StaleView, Transaction
 from service.ledger.states import FINAL_JOB_STATES, StepState
-from service.ledger.tables import Blob, Device, Host, Job, JobStep, Step, Tenant, Worker
+from service.ledger.tables import Blob, Device, Host, Job, JobStep, ResumableUpload, Step, Tenant, Worker
 
 
 def lock_host_of(tx: Transaction, worker_id: str) -> None:
@@ -58,6 +58,12 @@ def lock_tenant(tx: Transaction, tenant_id: str) -> None:
     """Let one transaction at a time count against a tenant's quota."""
     if tx.is_postgresql:
         tx.connection.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
+
+
+def lock_resumable(tx: Transaction, upload_id: str) -> None:
+    """Let no part be added to an upload, whose row will go: `FOR UPDATE`."""
+    if tx.is_postgresql:
+        tx.connection.execute(select(ResumableUpload.id).where(ResumableUpload.id == upload_id).with_for_update())
 
 
 def lock_blobs(tx: Transaction, digests: Iterable[str]) -> None:

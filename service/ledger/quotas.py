@@ -11,7 +11,7 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select, union, update
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select, union, update
 
 from service.errors import NotFound, QuotaExceeded
 from service.ledger import locks
@@ -28,7 +28,6 @@ from service.ledger.tables import (
     StepOutput,
     Tenant,
     Upload,
-    UploadPart,
 )
 
 #: Quota -> what is counted, as its refusal words it.
@@ -95,12 +94,12 @@ def require_room_for_upload(connection: Connection, tenant_id: str) -> None:
     _require_room(connection, tenant_id, "stored_bytes", _read_limits(connection, tenant_id)["stored_bytes"])
 
 
-def require_room_for_bytes(connection: Connection, tenant_id: str, pending_bytes: int, size_bytes: int) -> None:
+def require_room_for_bytes(connection: Connection, tenant_id: str, size_bytes: int) -> None:
     """Raise `QuotaExceeded` unless a tenant may store so much beside what it has and what it has announced."""
     limit = _read_limits(connection, tenant_id)["stored_bytes"]
     if limit is None:
         return
-    used = _read_use(connection, tenant_id, "stored_bytes") + pending_bytes
+    used = _read_use(connection, tenant_id, "stored_bytes")
     if used + size_bytes > limit:
         raise QuotaExceeded(
             f"The tenant {tenant_id!r} has or awaits {used} stored bytes, its quota is {limit}, and the upload has "
@@ -150,22 +149,27 @@ def _read_use(connection: Connection, tenant_id: str, name: str) -> int:
         ),
         "unfinished_jobs": select(func.count()).where(Job.tenant_id == tenant_id, Job.finalized_at.is_(None)),
         "schedules": select(func.count()).where(Schedule.tenant_id == tenant_id),
-        "stored_bytes": select(func.coalesce(func.sum(Blob.size_bytes), 0)).where(
-            Blob.swept_at.is_(None), Blob.digest.in_(_select_held(tenant_id))
-        ),
+        "stored_bytes": select(_sum_held(tenant_id) + _sum_awaited(tenant_id)),
     }
     return int(connection.execute(counted[name]).scalar_one())
 
 
-def _select_held(tenant_id: str) -> Any:
-    """Return the statement that reads the digests of what a tenant has made or uploaded, each once."""
+def is_awaited() -> ColumnElement[bool]:
+    """Whether an upload in pieces is neither stored nor failed nor expired."""
+    return ResumableUpload.digest.is_(None) & ResumableUpload.error.is_(None) & (ResumableUpload.expires_at > now())
+
+
+def _sum_awaited(tenant_id: str) -> ColumnElement[int]:
+    """Return the sizes of all files that are on their way in pieces, as announced: what has arrived is part of them."""
+    sizes = select(func.coalesce(func.sum(ResumableUpload.size_bytes), 0))
+    return sizes.where(ResumableUpload.tenant_id == tenant_id, is_awaited()).scalar_subquery()
+
+
+def _sum_held(tenant_id: str) -> ColumnElement[int]:
+    """Return the bytes of what a tenant has made or uploaded, each content once."""
     outputs = select(StepOutput.digest).join(Step, Step.id == StepOutput.step_id).where(Step.tenant_id == tenant_id)
     logs = select(Attempt.log_digest).join(Step, Step.id == Attempt.step_id).where(Step.tenant_id == tenant_id)
     uploads = select(Upload.digest).where(Upload.tenant_id == tenant_id)
-    parts = (
-        select(UploadPart.digest)
-        .join(ResumableUpload, ResumableUpload.id == UploadPart.upload_id)
-        .where(ResumableUpload.tenant_id == tenant_id)
-    )
-    held = union(outputs, logs.where(Attempt.log_digest.is_not(None)), uploads, parts).subquery()
-    return select(held.c.digest)
+    held = union(outputs, logs.where(Attempt.log_digest.is_not(None)), uploads).subquery()
+    sizes = select(func.coalesce(func.sum(Blob.size_bytes), 0))
+    return sizes.where(Blob.swept_at.is_(None), Blob.digest.in_(select(held.c.digest))).scalar_subquery()

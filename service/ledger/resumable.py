@@ -20,6 +20,7 @@ from service.ledger.blobs import OutputFile, Reprieves, commit_blobs
 from service.ledger.clock import now
 from service.ledger.database import Transaction, reads, writes
 from service.ledger.keys import new_id
+from service.ledger.quotas import is_awaited
 from service.ledger.tables import ResumableUpload, UploadPart
 from service.ledger.uploads import add_upload, read_document
 
@@ -49,21 +50,17 @@ def begin_upload(tx: Transaction, tenant_id: str, announced: Announcement, keep_
     Raises `QuotaExceeded` when the tenant has no room for all of it, or too many uploads that are not finished.
     """
     locks.lock_tenant(tx, tenant_id)
-    mine = ResumableUpload.tenant_id == tenant_id, _is_open()
-    row = tx.connection.execute(
-        select(
-            func.count(), func.coalesce(func.sum(ResumableUpload.size_bytes - ResumableUpload.offset_bytes), 0)
-        ).where(*mine)
-    ).one()
-    if row[0] >= MAX_UNFINISHED:
+    mine = ResumableUpload.tenant_id == tenant_id, is_awaited()
+    unfinished = tx.connection.execute(select(func.count()).select_from(ResumableUpload).where(*mine)).scalar_one()
+    if unfinished >= MAX_UNFINISHED:
         raise QuotaExceeded(
-            f"The tenant {tenant_id!r} has {row[0]} unfinished uploads. Finish or delete some "
+            f"The tenant {tenant_id!r} has {unfinished} unfinished uploads. Finish or delete some "
             "(`GET /v1/uploads/resumable` lists them).",
             quota="unfinished_uploads",
-            used=row[0],
+            used=unfinished,
             limit=MAX_UNFINISHED,
         )
-    quotas.require_room_for_bytes(tx.connection, tenant_id, int(row[1]), announced.size_bytes)
+    quotas.require_room_for_bytes(tx.connection, tenant_id, announced.size_bytes)
     upload_id = new_id("upl")
     tx.connection.execute(
         insert(ResumableUpload).values(
@@ -135,7 +132,7 @@ def list_resumable(connection: Connection, tenant_id: str) -> list[dict[str, Any
     """Return a tenant's uploads that are not stored yet, newest first."""
     rows = connection.execute(
         select(ResumableUpload.__table__)
-        .where(ResumableUpload.tenant_id == tenant_id, _is_open())
+        .where(ResumableUpload.tenant_id == tenant_id, is_awaited())
         .order_by(ResumableUpload.created_at.desc(), ResumableUpload.id.desc())
     )
     return [_document(connection, row) for row in rows]
@@ -144,6 +141,7 @@ def list_resumable(connection: Connection, tenant_id: str) -> list[dict[str, Any
 @writes
 def remove_resumable(tx: Transaction, tenant_id: str, upload_id: str) -> None:
     """Forget an upload and its parts; what it became stays. Raises `NotFound`."""
+    locks.lock_resumable(tx, upload_id)
     _read_row(tx.connection, tenant_id, upload_id)
     _remove(tx, [upload_id])
 
@@ -152,6 +150,9 @@ def remove_resumable(tx: Transaction, tenant_id: str, upload_id: str) -> None:
 def drop_expired(tx: Transaction) -> int:
     """Forget uploads that nobody has gone on with in time; return how many there were."""
     expired = select(ResumableUpload.id).where(ResumableUpload.expires_at <= now()).limit(_BATCH)
+    if tx.is_postgresql:
+        # One that just gets a part, or goes, is left alone.
+        expired = expired.with_for_update(skip_locked=True)
     upload_ids = list(tx.connection.execute(expired).scalars())
     _remove(tx, upload_ids)
     return len(upload_ids)
@@ -171,7 +172,7 @@ def claim_assembly(tx: Transaction, tenant_id: str, upload_id: str, hold_s: floa
         update(ResumableUpload)
         .where(
             *_of(tenant_id, upload_id),
-            _is_open(),
+            is_awaited(),
             ResumableUpload.offset_bytes == ResumableUpload.size_bytes,
             is_free,
         )
@@ -185,6 +186,16 @@ def hold_assembly(tx: Transaction, upload_id: str, hold_s: float) -> None:
     """Hold an assembly for longer, or with 0 give it back."""
     tx.connection.execute(
         update(ResumableUpload).where(ResumableUpload.id == upload_id).values(assembled_until=now(hold_s))
+    )
+
+
+@writes
+def put_off_assembly(tx: Transaction, upload_id: str, pause_s: float) -> None:
+    """Count a try that failed for what passes, and let the next one wait."""
+    tx.connection.execute(
+        update(ResumableUpload)
+        .where(ResumableUpload.id == upload_id)
+        .values(assembled_until=now(pause_s), failed_tries=ResumableUpload.failed_tries + 1)
     )
 
 
@@ -216,7 +227,7 @@ def fail_assembly(tx: Transaction, upload_id: str, error: Mapping[str, Any]) -> 
 
 def _close(tx: Transaction, upload_id: str, **values: Any) -> bool:
     """End an upload that is still open, and forget its parts; return whether it was."""
-    statement = update(ResumableUpload).where(ResumableUpload.id == upload_id, _is_open())
+    statement = update(ResumableUpload).where(ResumableUpload.id == upload_id, is_awaited())
     if tx.connection.execute(statement.values(**values, assembled_until=None)).rowcount != 1:
         return False
     tx.connection.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
@@ -231,11 +242,8 @@ def _of(tenant_id: str, upload_id: str) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _is_open() -> ColumnElement[bool]:
-    return ResumableUpload.digest.is_(None) & ResumableUpload.error.is_(None) & (ResumableUpload.expires_at > now())
-
-
 def _remove(tx: Transaction, upload_ids: list[str]) -> None:
+    """Delete uploads whose rows are locked: nobody adds a part meanwhile."""
     tx.connection.execute(delete(UploadPart).where(UploadPart.upload_id.in_(upload_ids)))
     tx.connection.execute(delete(ResumableUpload).where(ResumableUpload.id.in_(upload_ids)))
 
@@ -252,6 +260,7 @@ def _read_row(connection: Connection, tenant_id: str, upload_id: str) -> Any:
 
 def _document(connection: Connection, row: Any) -> dict[str, Any]:
     expires_at: dt.datetime = row.expires_at
+    held_until: dt.datetime | None = row.assembled_until
     return {
         "id": row.id,
         "state": _name_state(row),
@@ -261,6 +270,8 @@ def _document(connection: Connection, row: Any) -> dict[str, Any]:
         "sha256": row.announced_digest,
         "upload": None if row.digest is None else read_document(connection, row.tenant_id, row.digest),
         "error": row.error,
+        "assembled_until": held_until.isoformat() if held_until else None,
+        "failed_tries": row.failed_tries,
         "created_at": row.created_at.isoformat(),
         "expires_at": expires_at.isoformat(),
     }

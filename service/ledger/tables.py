@@ -404,8 +404,10 @@ class ResumableUpload(Base):
     created_at: Mapped[dt.datetime]
     #: Each part puts it off.
     expires_at: Mapped[dt.datetime]
-    #: While somebody makes the upload.
+    #: While somebody makes the upload; put off for as long as the maker lives.
     assembled_until: Mapped[dt.datetime | None]
+    #: How often making it has failed for what passes.
+    failed_tries: Mapped[int] = mapped_column(server_default="0")
 
 
 class UploadPart(Base):

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -219,6 +220,33 @@ def test_room_is_found_before_bytes_are_taken(world: World, http: TestClient) ->
     await_end(http, path)
     assert http.post(PATH, headers=headers).status_code == 429, "stored ones too, once"
     begin(http, 100_000)
+
+
+@pytest.mark.parametrize(("damaged", "state"), [(1, "stored"), (1000, "failed")])
+def test_a_part_that_is_damaged_on_its_way_is_read_again(
+    world: World, http: TestClient, monkeypatch: pytest.MonkeyPatch, damaged: int, state: str
+) -> None:
+    """One that stays so fails the upload, after a bounded number of reads."""
+    monkeypatch.setattr("service.api.assembly._READ_PAUSE_S", 0)
+    read = world.store.open
+    reads: list[str] = []
+
+    @contextmanager
+    def open_damaged(key: str) -> Iterator[Iterator[bytes]]:
+        with read(key) as chunks:
+            data = b"".join(chunks)
+            reads.append(key)
+            yield iter([data[:-1] + b"!" if len(reads) <= damaged else data])
+
+    path = begin(http, sha256=DIGEST)
+    append(http, path, 0, DATA[:1000])
+    monkeypatch.setattr(world.store, "open", open_damaged)
+    append(http, path, 1000, DATA[1000:])
+    document = await_end(http, path)
+    assert document["state"] == state
+    assert len(reads) == (3 if state == "stored" else 4)
+    if state == "failed":
+        assert document["error"]["code"] == "blob_corrupt"
 
 
 def test_unfinished_uploads_are_few(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
