@@ -12,7 +12,7 @@ from service.units import format_bytes
 _NONE = "-"
 _NUMBERS = ("size", "error/\nrange", "KL", "exact\nmatch", "prefill\ntok/s", "decode\ntok/s")
 _MEASURED_NUMBERS = ("prefill\ntok/s", "decode\ntok/s", "TTFT\nms", "PSS")
-_MEASURED_COLUMNS = ("variant", "format", "device", "on", *_MEASURED_NUMBERS, "verdict")
+_MEASURED_COLUMNS = ("variant", "format", "device", "on", "tool", *_MEASURED_NUMBERS, "verdict")
 _COLUMNS = ("variant", "state", "format", *_NUMBERS)
 
 
@@ -114,6 +114,7 @@ def _measurement_rows(variant: Mapping[str, Any]) -> list[list[str]]:
             measurement["format"],
             _name_device(measurement["device"]),
             f"{measurement.get('ran_on') or measurement['backend']} {measurement['threads'] or ''}".strip(),
+            (measurement["device"].get("tool") or {}).get("version", _NONE),
             *(_figure(measurement, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
             _figure(measurement, "ttft_s", 1000),
             format_bytes(measurement["peak_pss_bytes"]) if measurement.get("peak_pss_bytes") else _NONE,

@@ -62,6 +62,12 @@ class AttachedPhone:
         folder = self.root / "data"
         return sorted(f"/{path.relative_to(self.root)}" for path in folder.rglob("*") if path.is_file())
 
+    def remains(self) -> list[str]:
+        """Return what runs have left on the phone: everything of ours but the tools, and a changed setting."""
+        setting = (self.root / "settings" / "stay_on_while_plugged_in").read_text().strip()
+        left = [path for path in self.files() if "/edgekiln/tools/" not in path]
+        return left if setting == "0" else [*left, f"stay_on_while_plugged_in = {setting}"]
+
     def close(self) -> None:
         """Let the phone vanish, with all that runs on it."""
         self.process.kill()
