@@ -231,6 +231,12 @@ class JobRequest(BaseModel):
     threads: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
         default=(), max_length=8, description="CPU threads on phones, each in turn; the phone's fast cores when empty."
     )
+    smoke_prompts: int = Field(
+        default=3,
+        ge=0,
+        le=4,
+        description="Fixed prompts that a bundle answers on a phone, compared with its answers on the host.",
+    )
     calibration: Calibration | None = Field(default=None, description="A small text of ours when absent.")
     evaluation: UploadDigest | None = Field(
         default=None, description='JSON lines `{"prompt", "answer"}` in place of the checkpoint\'s `evaluation.jsonl`.'

@@ -23,6 +23,7 @@ from service.errors import DeviceFull, DeviceHot, DeviceHung, DeviceLost, Device
 from service.ledger import claims, tools
 from workers.catalog import MEASURE_PHONE, PREPARE_PHONE
 from workers.devices.adb import Adb
+from workers.devices.smoke import NEEDED_FILES
 from workers.devices.traces import close_runs
 from workers.keeper import LeaseKeeper
 from workers.runner import Runner
@@ -86,6 +87,7 @@ class PhoneRunner(Runner):
         inputs = transfer.place_inputs(step_dir / "inputs")
         tool = tools.find_tool(self._database, TOOLS[claim.params["format"]], seat.record["abis"])
         inputs["tool"] = transfer.place_files(step_dir / "inputs" / "tool", tool.files)
+        inputs |= self._place_answers(claim, step_dir / "inputs" / "answers", transfer)
         params = {**self._params(claim), "phone": self._describe(claim, seat, tool)}
         try:
             result = self._start_child(claim, PREPARE_PHONE, params, inputs, step_dir / "prepare", keeper)
@@ -98,6 +100,15 @@ class PhoneRunner(Runner):
         finally:
             self._leave(seat)
 
+    def _place_answers(self, claim: claims.Claim, folder: Path, transfer: Transfer) -> dict[str, Path]:
+        """Bring what the host's graph answered, where the phone is asked the same: three small files of two steps."""
+        suppliers = [claim.inputs[name] for name in ("reference", "graph") if name in claim.inputs]
+        files = {output.name: output.digest for supplier in suppliers for output in supplier.outputs}
+        wanted = {name: files[name] for name in NEEDED_FILES if name in files}
+        if not claim.params.get("smoke_prompts") or len(wanted) < len(NEEDED_FILES):
+            return {}
+        return {"answers": transfer.place_files(folder, wanted)}
+
     def _describe(self, claim: claims.Claim, seat: Seat, tool: tools.ToolVersion) -> dict[str, Any]:
         """What only this worker knows of the phone; never enters a key."""
         return {
@@ -109,6 +120,7 @@ class PhoneRunner(Runner):
             "run": f"{claim.step_id}-{claim.token}",
             "cool_down_s": self._settings.cool_down_s,
             "tool": tool.to_json(),
+            "logit_range": _find_logit_range(claim),
         }
 
     def _leave(self, seat: Seat) -> None:
@@ -117,3 +129,8 @@ class PhoneRunner(Runner):
             close_runs(Adb(self._settings.adb_host, self._settings.adb_port).phone(seat.serial))
         except EdgeKilnError as error:
             log.warning("%s could not be cleaned now: %s", seat.device_id, error)
+
+
+def _find_logit_range(claim: claims.Claim) -> float | None:
+    graph = claim.inputs.get("graph")
+    return None if graph is None else (graph.figures.get("parity") or {}).get("logit_range")

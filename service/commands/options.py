@@ -64,6 +64,12 @@ Threads = Annotated[
     list[int] | None,
     typer.Option("--threads", metavar="N", help="CPU threads on phones; may be repeated. [default: fast cores]"),
 ]
+SmokePrompts = Annotated[
+    int | None,
+    typer.Option(
+        "--smoke-prompts", metavar="N", help="Fixed prompts that bundles answer on phones, 0 to 4. [default: 3]"
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE", help="Text that recipes with quantized activations measure on."),
@@ -150,6 +156,7 @@ def make_order(
     device: Devices = None,
     backend: Backends = None,
     threads: Threads = None,
+    smoke_prompts: SmokePrompts = None,
     calibration: Calibration = None,
     calibration_prompts: CalibrationPrompts = None,
     evaluation: Evaluation = None,
@@ -193,6 +200,7 @@ def make_order(
         "devices": device,
         "backends": backend,
         "threads": threads,
+        "smoke_prompts": smoke_prompts,
         "calibration": _choose_calibration(calibration, calibration_prompts, files),
         "evaluation": _name_upload("--evaluation", evaluation, files),
         "perplexity_text": _name_upload("--perplexity-text", perplexity_text, files),

@@ -11,7 +11,7 @@ from service.units import format_bytes
 
 _NONE = "-"
 _NUMBERS = ("size", "error/\nrange", "KL", "exact\nmatch", "prefill\ntok/s", "decode\ntok/s")
-_MEASURED_NUMBERS = ("prefill\ntok/s", "decode\ntok/s", "TTFT\nms", "PSS")
+_MEASURED_NUMBERS = ("prefill\ntok/s", "decode\ntok/s", "TTFT\nms", "PSS", "smoke\nmatch")
 _MEASURED_COLUMNS = ("variant", "format", "device", "on", "tool", *_MEASURED_NUMBERS, "verdict")
 _COLUMNS = ("variant", "state", "format", *_NUMBERS)
 
@@ -118,6 +118,7 @@ def _measurement_rows(variant: Mapping[str, Any]) -> list[list[str]]:
             *(_figure(measurement, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
             _figure(measurement, "ttft_s", 1000),
             format_bytes(measurement["peak_pss_bytes"]) if measurement.get("peak_pss_bytes") else _NONE,
+            _number((measurement.get("smoke") or {}).get("match_ratio"), ".0%"),
             measurement["verdict"],
         ]
         for measurement in variant["measurements"]

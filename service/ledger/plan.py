@@ -160,8 +160,13 @@ def expand_planned(
                 f"benchmark:{variant}:{place}:{kind}",
                 "benchmark",
                 {"device": device, "format": kind, **benchmark, **how, **_workload(facts), **_signatures(facts, kind)},
-                # Only a proven artifact is measured.
-                {"artifact": artifacts[kind], "verify": proofs[f"verify_{kind}"]},
+                # Only a proven artifact is measured; beside it lies what its graph answered on the host.
+                {
+                    "artifact": artifacts[kind],
+                    "verify": proofs[f"verify_{kind}"],
+                    "reference": reference,
+                    "graph": proofs["verify_tflite"],
+                },
                 variant,
             )
             for device in (request.devices if devices is None else devices)
@@ -200,7 +205,7 @@ def _ways(request: JobRequest, device: str) -> list[tuple[str, dict[str, Any]]]:
     for backend in request.backends:
         for threads in request.threads or (None,):
             name = f"{device}:{backend}" + ("" if threads is None else f":{threads}")
-            ways.append((name, {"backend": backend, "threads": threads}))
+            ways.append((name, {"backend": backend, "threads": threads, "smoke_prompts": request.smoke_prompts}))
     return ways
 
 

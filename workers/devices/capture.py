@@ -1,8 +1,9 @@
 """The protocol of a measurement, the same on every device: which processes run, and what their samples amount to.
 
     1. one process that nobody pools: the first ever on this device builds caches and reads the file (`cold`)
-    2. `processes` fresh ones, each after the device was found fit
-    3. a capture that is noisy or hot is kept, marked, and run once more; the last one counts, whatever it says
+    2. `smoke`: the artifact answers prompts, each in a process of its own, before hours go into timing nonsense
+    3. `processes` fresh ones, each after the device was found fit
+    4. a capture that is noisy or hot is kept, marked, and run once more; the last one counts, whatever it says
 
 Owns the order, the figures and the verdict; knows no device. A device gives `Device`: how one process is run, and how
 one waits until it is fit. Called by `workers.devices.host` and `workers.devices.phone`.
@@ -44,6 +45,8 @@ class Device:
     wait_until_fit: Callable[[], None] = lambda: None
     #: Measures memory in a process of its own, where watching would disturb the others.
     measure_memory: Callable[[], dict[str, Any]] = dict
+    #: Has the artifact answer prompts; returns how the answers compare, and `answers` themselves. None: nobody asked.
+    answer_prompts: Callable[[], dict[str, Any]] | None = None
 
 
 def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress
         return {**sample, "thermal_status": device.read_conditions().get("thermal_status")}
 
     cold = run("cold process", 0)
+    smoke = device.answer_prompts() if device.answer_prompts else {}
     while not captures or (len(captures) == 1 and captures[0]["verdict"] in _RUN_AGAIN):
         try:
             warm = [run(f"process {number} of {asked['processes']}", number) for number in range(1, total)]
@@ -85,10 +89,12 @@ def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress
         "conditions": {"before": before, "after": device.read_conditions()},
         **figures,
         "cold": _summarize_cold(asked, cold),
+        **({"smoke": {name: value for name, value in smoke.items() if name != "answers"}} if smoke else {}),
         "captures": len(captures),
         "verdict": captures[-1]["verdict"],
     }
-    document = {**found, "asked": dict(asked), "cold_sample": cold, "captures": captures}
+    whole = {"smoke": smoke} if smoke else {}
+    document = {**found, **whole, "asked": dict(asked), "cold_sample": cold, "captures": captures}
     (output_dir / DOCUMENT).write_text(json.dumps(document, indent=1))
     return found
 

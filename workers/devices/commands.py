@@ -33,11 +33,31 @@ def build_arguments(asked: Mapping[str, Any], model: str, cache_dir: str, signat
     if TOOLS[asked["format"]] == "benchmark_model":
         return _build_benchmark_model(asked, model, signature)
     return [
+        *_build_litert_lm(asked, model, cache_dir),
+        f"--benchmark_prefill_tokens={asked['prefill_tokens']}",
+        f"--benchmark_decode_tokens={asked['decode_tokens']}",
+    ]
+
+
+def build_question(asked: Mapping[str, Any], model: str, cache_dir: str, prompt: str, limit_tokens: int) -> list[str]:
+    """Return what LiteRT-LM's tool is told to answer a prompt as it stands, in at most `limit_tokens`.
+
+    A session applies no chat template; without sampler settings in its metadata, as ours, a bundle answers greedily.
+    `--benchmark` without token counts changes nothing but that they are told.
+    """
+    return [
+        *_build_litert_lm(asked, model, cache_dir),
+        "--use_session=true",
+        f"--max_output_tokens={limit_tokens}",
+        f"--input_prompt={prompt}",
+    ]
+
+
+def _build_litert_lm(asked: Mapping[str, Any], model: str, cache_dir: str) -> list[str]:
+    return [
         f"--backend={asked['backend']}",
         f"--model_path={model}",
         "--benchmark",
-        f"--benchmark_prefill_tokens={asked['prefill_tokens']}",
-        f"--benchmark_decode_tokens={asked['decode_tokens']}",
         "--async=false",
         f"--num_cpu_threads={asked['threads']}",
         f"--cache_dir={cache_dir}",

@@ -17,14 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from service.devices import BACKENDS
+from service.devices import BACKENDS, TOOLS
 from service.errors import BenchmarkFailed, DeviceHot, DeviceLost, DeviceUnauthorized, ToolReportInvalid
 from service.recipes import FORMATS, require_known
 from workers.devices.adb import Adb, Phone, quote
 from workers.devices.android import THERMAL_STATUSES, find_big_cores, read_conditions, read_record
 from workers.devices.capture import Device, find_fault
 from workers.devices.capture import measure as run_protocol
-from workers.devices.commands import PARSERS, build_arguments, find_fallback
+from workers.devices.commands import PARSERS, build_arguments, build_question, find_fallback
+from workers.devices.processes import Processes
+from workers.devices.reports import parse_answer
+from workers.devices.smoke import Answers, read_answers
 from workers.devices.traces import (
     digest_file,
     open_run,
@@ -43,46 +46,13 @@ _DEFAULTS: dict[str, Any] = {
     "decode_tokens": 128,
     "threads": None,
     "signatures": [],
+    "smoke_prompts": 0,
     "process_deadline_s": 600.0,
 }
 #: Cores that a language model uses well on a phone, where the job does not say.
 _THREADS = 4
 #: Between two looks at a phone that cools down.
 _COOLING_POLL_S = 5.0
-#: How often a process's memory is read, by the phone itself.
-_MEMORY_PERIOD_S = 0.1
-#: What is kept of a tool's log.
-_LOG_CHARACTERS = 100_000
-#: The phone ends a process at its deadline; it may take so much longer to say so before it counts as hung.
-_GRACE_S = 20
-
-#: How `timeout` says that it ended a program, and a shell that its program was killed.
-_TIMED_OUT = ("124", "137", "143")
-
-#: Runs the tool with its output in a file: a stream that breaks has lost whole results. The tool writes its own number
-#: down, so that whoever cleans up ends it and nothing else.
-_RUN = """\
-cd {folder} && rm -f pid
-timeout -k 5 {deadline} sh -c 'echo $$ > pid; exec "$0" "$@"' {command} > report 2>&1 < /dev/null
-echo $? > status; rm -f pid; cat /proc/sys/kernel/random/boot_id; cat status; tail -c {most} report
-"""
-#: The same, while the phone itself reads the process's memory, once it is the tool's and no more its starter's.
-_WATCH = """\
-cd {folder} && rm -f pid && : > peaks
-timeout -k 5 {deadline} sh -c 'echo $$ > pid; exec "$0" "$@"' {command} > report 2>&1 < /dev/null &
-while kill -0 $! 2>/dev/null; do
-  pid=$(cat pid 2>/dev/null)
-  case "$(tr '\\0' '\\n' < /proc/${{pid:-none}}/cmdline 2>/dev/null | head -n 1)" in
-  ''|sh|*/sh|env|*/env|taskset|*/taskset) ;;
-  *)
-    grep -E '^(VmHWM|RssAnon|RssShmem):' /proc/$pid/status >> peaks 2>/dev/null
-    grep '^Pss:' /proc/$pid/smaps_rollup >> peaks 2>/dev/null
-    echo . >> peaks ;;
-  esac
-  sleep {period}
-done
-wait $!; echo $? > status; rm -f pid; cat status; cat peaks
-"""
 
 
 def prepare(
@@ -129,6 +99,7 @@ def measure(
         read_conditions=partial(read_conditions, bench.phone),
         wait_until_fit=bench.wait_until_cool,
         measure_memory=bench.measure_memory,
+        answer_prompts=bench.answer_prompts if bench.answers else None,
     )
     return run_protocol(device, bench.asked, output_dir, progress)
 
@@ -148,6 +119,7 @@ class _Bench:
         self._progress = progress
         self.model = inputs["artifact"] / f"model.{self.asked['format']}"
         self.remote_model = f"{run_dir(self.run)}/{self.model.name}"
+        self.answers = self._read_answers(inputs.get("answers"), host_side.get("logit_range") or 0.0)
         self._mask = find_big_cores(self._record) if self.asked["backend"] == "cpu" else None
         if self.asked["threads"] is None:
             fast = bin(int(self._mask, 16)).count("1") if self._mask else self._record.get("cores") or _THREADS
@@ -209,9 +181,16 @@ class _Bench:
     def _signatures(self) -> list[str | None]:
         return list(self.asked["signatures"]) or [None] if self.asked["format"] == "tflite" else [None]
 
+    @property
+    def _cache_dir(self) -> str:
+        return f"{run_dir(self.run)}/cache"
+
     def _command(self, signature: str | None) -> list[str]:
+        return self._pin(build_arguments(self.asked, self.remote_model, self._cache_dir, signature))
+
+    def _pin(self, arguments: list[str]) -> list[str]:
+        """Return the command that runs the tool on the cores that are meant."""
         home = tool_dir(self.tool["files"])
-        arguments = build_arguments(self.asked, self.remote_model, f"{run_dir(self.run)}/cache", signature)
         pinned = ["taskset", self._mask] if self._mask else []
         # The tool's libraries lie beside it.
         return ["env", f"LD_LIBRARY_PATH={home}", *pinned, f"{home}/{self.tool['name']}", *arguments]
@@ -233,63 +212,43 @@ class _Bench:
         return {**sample, "ran_on": ran_on[0]} if ran_on else sample
 
     def _run_tool(self, label: str, signature: str | None) -> dict[str, Any]:
-        deadline_s = self.asked["process_deadline_s"]
-        script = _RUN.format(
-            folder=quote(run_dir(self.run)),
-            deadline=int(deadline_s),
-            command=quote(*self._command(signature)),
-            most=_LOG_CHARACTERS,
-        )
-        started_s = time.monotonic()
-        boot_id, status, log = ([*self.phone.read(script, deadline_s + _GRACE_S).split("\n", 2), "", ""])[:3]
-        wall_s = time.monotonic() - started_s
-        if boot_id.strip() != self._record["boot_id"]:
-            raise DeviceLost(f"{self.phone.serial} was started again during the {label}.", serial=self.phone.serial)
-        if status.strip() in _TIMED_OUT:
-            raise BenchmarkFailed(
-                f"The {label} of {self.tool['name']} on {self.phone.serial} did not end within {deadline_s:.0f} s.",
-                log=log.splitlines()[-20:],
-            )
-        if status.strip() != "0":
-            last = next((line for line in reversed(log.splitlines()) if line.strip()), "nothing")
-            raise BenchmarkFailed(
-                f"The {label} of {self.tool['name']} on {self.phone.serial} ended with status {status.strip()}. It "
-                f"said: {last.strip()[:300]!r}.",
-                log=log.splitlines()[-20:],
-            )
-        sample = {**PARSERS[self.asked["format"]](log), "wall_s": wall_s, "log": log}
+        finished = self._processes.start(label, self._command(signature))
+        sample = {**PARSERS[self.asked["format"]](finished.log), "wall_s": finished.wall_s, "log": finished.log}
         if fault := find_fault({**sample, "latency_ms": {"": sample.get("latency_ms")}}, self.asked["format"]):
             raise ToolReportInvalid(f"The {label} of {self.tool['name']} on {self.phone.serial} {fault}.")
         fallback = find_fallback(self.asked, sample)
         return {**sample, "ran_on": fallback} if fallback else sample
 
+    @property
+    def _processes(self) -> Processes:
+        return Processes(
+            self.phone, self.run, self.tool["name"], self._record["boot_id"], self.asked["process_deadline_s"]
+        )
+
     def measure_memory(self) -> dict[str, Any]:
         """Read the peaks of one more process while it runs; what the phone does not show stays missing."""
-        deadline_s = self.asked["process_deadline_s"]
-        script = _WATCH.format(
-            folder=quote(run_dir(self.run)),
-            deadline=int(deadline_s),
-            command=quote(*self._command(self._signatures[0])),
-            period=_MEMORY_PERIOD_S,
-        )
-        status, _, peaks = self.phone.read(script, deadline_s + _GRACE_S).partition("\n")
-        if status.strip() != "0":
-            raise BenchmarkFailed(
-                f"The process of {self.tool['name']} whose memory was watched on {self.phone.serial} ended with status "
-                f"{status.strip()}."
+        return self._processes.watch_memory(self._command(self._signatures[0]))
+
+    def _read_answers(self, folder: Path | None, logit_range: float) -> Answers | None:
+        """Read what the host's graph answered, where smoke generation is asked for and can be compared."""
+        count = self.asked["smoke_prompts"]
+        if folder is None or not count or TOOLS[self.asked["format"]] != "litert_lm_advanced_main":
+            return None
+        return read_answers(folder, count, self.asked["backend"], logit_range)
+
+    def answer_prompts(self) -> dict[str, Any]:
+        """Ask the artifact a process a prompt; return the figures, and `answers` with every word of both sides."""
+        assert self.answers is not None
+        found = []
+        for number, question in enumerate(self.answers.questions, 1):
+            label = f"answer {number} of {len(self.answers.questions)}"
+            arguments = build_question(
+                self.asked, self.remote_model, self._cache_dir, question.prompt, question.limit_tokens
             )
-        return read_peaks(peaks)
-
-
-def read_peaks(text: str) -> dict[str, int]:
-    """Return the peaks of readings of `/proc/PID/status` and `smaps_rollup`, a `.` after each, in bytes. Pure."""
-    peaks: dict[str, int] = {}
-    for reading in text.split(".\n"):
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in reading.splitlines() if len(line.split()) == 3}
-        found = {"peak_rss_bytes": kib.get("VmHWM"), "peak_pss_bytes": kib.get("Pss")}
-        if "RssAnon" in kib:
-            found["peak_anon_bytes"] = kib["RssAnon"] + kib.get("RssShmem", 0)
-        for name, value in found.items():
-            if value:
-                peaks[name] = max(peaks.get(name, 0), value * 1024)
-    return peaks
+            finished = self._processes.start(label, self._pin(arguments), words_apart=True)
+            found.append({**parse_answer(finished.words, finished.log), "log": finished.log})
+        told = [
+            {"prompt": question.prompt, "expected": self.answers.decode(question.expected.tokens), **answer}
+            for question, answer in zip(self.answers.questions, found, strict=True)
+        ]
+        return {**self.answers.compare(found), "answers": told}

@@ -103,6 +103,27 @@ def parse_litert_lm(text: str) -> dict[str, Any]:
     return figures
 
 
+def parse_answer(words: str, log: str) -> dict[str, Any]:
+    """Read what `litert_lm_advanced_main` answered to one prompt in a session.
+
+    `words` is what it printed for people, `output: TEXT` and line ends; `log` the rest, with its benchmark's report.
+    Returns `text`, `prompt_tokens` and `generated_tokens`. No answer is an error, never an empty one.
+    """
+    tool = "litert_lm_advanced_main"
+    _refuse_unknown_flags(tool, log)
+    _, found, text = words.partition("output: ")
+    if not found:
+        raise _incomplete(tool, "an answer to a prompt", log)
+    _, _, report = log.partition("BenchmarkInfo:")
+    counts = {}
+    for name, label in (("prompt_tokens", "Prefill"), ("generated_tokens", "Decode")):
+        turns = re.findall(rf"{label} Turn \d+: Processed (\d+) tokens", report.split(_AGGREGATED)[0])
+        if len(turns) != 1:
+            raise _incomplete(tool, f"one {label.lower()} turn of an answer: there are {len(turns)}", log)
+        counts[name] = int(_positive(tool, f"{label.lower()} tokens of an answer", turns[0]))
+    return {"text": text.removesuffix("\n"), **counts}
+
+
 def _sharpen_ttft(tool: str, figures: dict[str, Any], printed: str) -> float:
     """The tool prints two decimals of what it derives from other figures: derived again, it has them all.
 

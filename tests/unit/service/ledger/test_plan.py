@@ -207,3 +207,12 @@ def repr_json(document: Any) -> Any:
     if isinstance(document, list):
         return [repr_json(item) for item in document]
     return (type(document).__name__, document)
+
+
+def test_what_the_host_answered_lies_beside_an_artifact_that_phones_are_asked() -> None:
+    specs = expand(recipes=["none"], devices=["any", "host"], smoke_prompts=2)
+    phone, host = (specs[f"benchmark:none:{place}:litertlm"] for place in ("any:cpu", "host"))
+    assert phone.inputs["graph"] == "verify:reauthored:none:tflite"
+    assert phone.inputs["reference"] == "reference"
+    assert phone.params["smoke_prompts"] == 2
+    assert "smoke_prompts" not in host.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import DeviceHot
+from service.errors import DeviceHot, ToolReportInvalid
 from workers.devices import capture
 
 ASKED = {
@@ -76,3 +77,24 @@ def test_a_phone_that_is_too_hot_at_first_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(DeviceHot):
         measure(make_device(sample, fit), tmp_path)
+
+
+def test_answers_stand_in_the_document_and_how_they_compare_in_the_figures(tmp_path: Path) -> None:
+    smoke = {"match_ratio": 0.5, "answers": [{"text": "warm"}]}
+    device = dataclasses.replace(make_device(sample), answer_prompts=lambda: smoke)
+    assert measure(device, tmp_path)["smoke"] == {"match_ratio": 0.5}
+    assert json.loads((tmp_path / capture.DOCUMENT).read_text())["smoke"] == smoke
+
+
+def test_an_answer_that_is_missing_fails_before_anything_is_timed(tmp_path: Path) -> None:
+    counts = []
+
+    def fail() -> dict[str, Any]:
+        raise ToolReportInvalid("no answer")
+
+    device = dataclasses.replace(
+        make_device(lambda number: counts.append(number) or sample(number)), answer_prompts=fail
+    )
+    with pytest.raises(ToolReportInvalid):
+        measure(device, tmp_path)
+    assert counts == [0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import ToolReportInvalid
-from workers.devices.reports import parse_benchmark_model, parse_litert_lm
+from workers.devices.reports import parse_answer, parse_benchmark_model, parse_litert_lm
 
 #: As LiteRT's `benchmark_model` prints it, timings of a phone, a GPU delegate that took all and one that took nothing.
 BENCHMARK_MODEL = """\
@@ -154,3 +154,24 @@ def test_litert_lm_counts_only_whole(old: str, new: str, named: str) -> None:
 def test_a_report_that_was_cut_off_is_none(end: int) -> None:
     with pytest.raises(ToolReportInvalid):
         parse_litert_lm(LITERT_LM[:end])
+
+
+@pytest.mark.parametrize(("words", "text"), [("output: a\nb\n", "a\nb"), ("output: \n", ""), ("output: a\n\n", "a\n")])
+def test_an_answer_is_read_with_its_counts(words: str, text: str) -> None:
+    assert parse_answer(words, LITERT_LM) == {"text": text, "prompt_tokens": 1024, "generated_tokens": 256}
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new", "named"),
+    [
+        ("", "", "", "an answer to a prompt"),
+        ("output: a\n", "BenchmarkInfo:", "nothing", "prefill turn"),
+        ("output: a\n", "Decode Turn 1", "Decode Turn", "decode turn"),
+        ("output: \n", "Processed 256", "Processed 0", "decode tokens of an answer = 0"),
+        ("output: a\n", "I0000", "ERROR: Unknown command line flag 'use_session'.\nI0000", "use_session"),
+    ],
+)
+def test_no_answer_is_an_error(words: str, old: str, new: str, named: str) -> None:
+    with pytest.raises(ToolReportInvalid) as caught:
+        parse_answer(words, LITERT_LM.replace(old, new, 1) if old else LITERT_LM)
+    assert named in caught.value.message
