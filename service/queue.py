@@ -33,6 +33,8 @@ _BEAT_TICK_S = 30.0
 _REDIS_TIMEOUT_S = 3.0
 #: How long a broker that failed is left alone: shorter than the pause between two sweeps.
 _QUIET_S = 5.0
+#: After a wake-up the next ones wait so long for each other.
+_BURST_S = 0.005
 
 
 def make_app(settings: Settings) -> Celery:
@@ -70,38 +72,60 @@ def make_app(settings: Settings) -> Celery:
 
 
 class Poker:
-    """Wakes the workers of a resource class, and leaves a broker that failed alone for a while."""
+    """Wakes the workers of a resource class, and leaves a broker that failed alone for a while.
+
+    Sends from a thread of its own, which lives only as long as there is something to send: whoever commits does not
+    wait, and of a burst of commits one message tells.
+    """
 
     def __init__(self, app: Celery) -> None:
         self.app = app
         self._quiet_until = 0.0
-        self._sending: dict[str, threading.Lock] = {}
-        #: Classes for which somebody waits to send.
-        self._announced: set[str] = set()
-        self._announcing = threading.Lock()
+        self._lock = threading.Lock()
+        #: Classes to be woken, in the order that they were named.
+        self._due: dict[str, None] = {}
+        self._sender: threading.Thread | None = None
 
     def __call__(self, resource_classes: Iterable[str]) -> None:
-        """Send one wake-up a class; raises nothing: a broker that is away only costs the wait for the next sweep.
+        """See that each class is sent a wake-up after this; raises nothing, and does not wait.
 
-        Whoever has committed waits for this call, so the first failure ends it.
+        A broker that is away only costs the wait for the next sweep.
         """
-        for name in resource_classes:
-            if name == PHONE_CLASS:
-                # Device workers look for themselves.
-                continue
-            if time.monotonic() < self._quiet_until:
-                return
-            with self._announcing:
-                if name in self._announced:
-                    # Who waits there will send after this commit, too: one message wakes for both.
-                    continue
-                self._announced.add(name)
-                sending = self._sending.setdefault(name, threading.Lock())
-            with sending:
-                with self._announcing:
-                    self._announced.discard(name)
+        # Device workers look for themselves.
+        names = [name for name in resource_classes if name != PHONE_CLASS]
+        if not names or time.monotonic() < self._quiet_until:
+            return
+        with self._lock:
+            self._due.update(dict.fromkeys(names))
+            if self._sender is None:
+                # No daemon: a process that ends sends its last wake-ups first.
+                sender = threading.Thread(target=self._send_due, name="poker", daemon=False)
+                try:
+                    sender.start()
+                except RuntimeError as error:
+                    log.warning("could not poke workers (the sweep will): %s", error)
+                else:
+                    self._sender = sender
+
+    def close(self) -> None:
+        """Return when what was to be sent has been."""
+        with self._lock:
+            sender = self._sender
+        if sender is not None:
+            sender.join()
+
+    def _send_due(self) -> None:
+        while True:
+            with self._lock:
+                names, self._due = list(self._due), {}
+                if not names:
+                    self._sender = None
+                    return
+            for name in names:
                 if time.monotonic() >= self._quiet_until:
                     self._send(name)
+            # What is committed meanwhile goes with one message.
+            time.sleep(_BURST_S)
 
     def _send(self, name: str) -> None:
         try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import Conflict, InvalidRequest, LedgerBusy, NotFound, ScopeRequired, Unauthorized
@@ -180,11 +180,7 @@ def authenticate(database: Database, secret: str) -> Caller:
 @asks
 def _find_caller(connection: Connection, secret: str) -> tuple[Caller, bool]:
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    row = connection.execute(
-        select(ApiKey.__table__, (ApiKey.last_used_at > now(-_USE_S)).label("is_noted")).where(
-            ApiKey.prefix == secret[:_PREFIX_LENGTH], _holds()
-        )
-    ).one_or_none()
+    row = connection.execute(_KEY_BY_PREFIX, {"prefix": secret[:_PREFIX_LENGTH]}).one_or_none()
     if not hmac.compare_digest(row.key_digest if row else "0" * 64, digest) or row is None:
         raise _unauthorized()
     return Caller(row.tenant_id, _read_scopes(row.scopes), row.id), bool(row.is_noted)
@@ -197,6 +193,12 @@ def _note_use(tx: Transaction, key_id: str) -> None:
 
 def _holds() -> Any:
     return ApiKey.revoked_at.is_(None) & or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now())
+
+
+#: Built once: every request asks.
+_KEY_BY_PREFIX = select(ApiKey.__table__, (ApiKey.last_used_at > now(-_USE_S)).label("is_noted")).where(
+    ApiKey.prefix == bindparam("prefix"), _holds()
+)
 
 
 def _read_scopes(text: str) -> frozenset[Scope]:

@@ -110,7 +110,7 @@ def claim_next(tx: Transaction, worker_id: str, resource_class: str, policy: Lea
         if not is_step_made_by(worker, held.row) and plan_anew(tx, held):
             continue
         # Locks the tenant: no further candidate is looked at after it.
-        require_slot(tx, held.row.tenant_id)
+        require_slot(tx, held.row.tenant_id, held.row.max_running_steps)
         claim = _take(tx, held, worker_id, policy.lease_s)
         if claim is not None:
             if len(due) > 1:
@@ -141,7 +141,7 @@ def claim_for_device(tx: Transaction, worker_id: str, device_id: str, policy: Le
         if _end_hopeless(tx, held, policy) or not held.is_due:
             continue
         # Locks the tenant: no further candidate is looked at after it.
-        require_slot(tx, held.row.tenant_id)
+        require_slot(tx, held.row.tenant_id, held.row.max_running_steps)
         claim = _take(tx, held, worker_id, policy.lease_s, device_id)
         if claim is not None:
             take_turn(tx, claim.tenant_id, PHONE_CLASS)

@@ -8,10 +8,11 @@ nothing but turns; `service.ledger.claims` claims.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal_column, or_, select, true
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, literal_column, or_, select, true
 
 from service.ledger.clock import now
 from service.ledger.database import Transaction
@@ -32,6 +33,20 @@ _RUNNING: ColumnElement[str] = literal_column(f"'{StepState.RUNNING}'")
 def is_running() -> ColumnElement[bool]:
     """Whether a step runs, by its state; its lease may have run out."""
     return Step.state == _RUNNING
+
+
+#: Built once; see `service.ledger.locks`.
+_RUNNING_ON_HOST = (
+    select(
+        Step.resource_class,
+        Step.worker_id,
+        func.count().label("number"),
+        func.sum(Step.predicted_peak_anon_bytes).label("predicted_bytes"),
+    )
+    .join(Worker, Worker.id == Step.worker_id)
+    .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == bindparam("host"))
+    .group_by(Step.resource_class, Step.worker_id)
+)
 
 
 def is_due() -> ColumnElement[bool]:
@@ -61,17 +76,7 @@ def is_class_due(connection: Connection, resource_class: str) -> bool:
 
 def read_running(connection: Connection, host_id: str) -> Sequence[Any]:
     """Return what runs on a host: `resource_class`, `worker_id`, how many, and what they are predicted to use."""
-    return connection.execute(
-        select(
-            Step.resource_class,
-            Step.worker_id,
-            func.count().label("number"),
-            func.sum(Step.predicted_peak_anon_bytes).label("predicted_bytes"),
-        )
-        .join(Worker, Worker.id == Step.worker_id)
-        .where(is_running(), Step.lease_expires_at > now(), Worker.host_id == host_id)
-        .group_by(Step.resource_class, Step.worker_id)
-    ).all()
+    return connection.execute(_RUNNING_ON_HOST, {"host": host_id}).all()
 
 
 def find_due_steps(
@@ -102,6 +107,11 @@ def find_tenants_in_turn(tx: Transaction, resource_class: str) -> Iterable[str]:
 
     A tenant that has as many steps running as its quota allows has no turn.
     """
+    return tx.connection.execute(_select_in_turn(resource_class)).scalars().all()
+
+
+@functools.cache
+def _select_in_turn(resource_class: str) -> Select[str]:
     running_at_all = select(func.count()).where(
         is_running(), Step.lease_expires_at > now(), Step.tenant_id == Tenant.id
     )
@@ -109,7 +119,7 @@ def find_tenants_in_turn(tx: Transaction, resource_class: str) -> Iterable[str]:
     is_within_quota = running_at_all.correlate(Tenant).scalar_subquery() < Tenant.max_running_steps
     # A subquery with an order asks the index once a tenant; EXISTS may be turned into a join that reads it all.
     first_due = select_due(resource_class, Step.tenant_id == Tenant.id).limit(1)
-    in_turn = (
+    return (
         select(Tenant.id)
         .outerjoin(Turn, and_(Turn.tenant_id == Tenant.id, Turn.resource_class == resource_class))
         .where(
@@ -118,7 +128,6 @@ def find_tenants_in_turn(tx: Transaction, resource_class: str) -> Iterable[str]:
         )
         .order_by(running.correlate(Tenant).scalar_subquery(), Turn.taken_at.asc().nulls_first(), Tenant.id)
     )
-    return tx.connection.execute(in_turn).scalars().all()
 
 
 def take_turn(tx: Transaction, tenant_id: str, resource_class: str) -> None:

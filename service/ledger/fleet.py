@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, insert, or_, select, update
 
 from service.errors import NotFound
 from service.ledger import locks
@@ -114,27 +114,30 @@ def _lock_host(tx: Transaction, worker_id: str) -> list[str]:
     return [name for name, count in row.slots.items() if count > 0]
 
 
+_CLAIMANTS = (
+    select(
+        Worker.id,
+        Worker.host_id,
+        Worker.slots,
+        Worker.toolchain_id,
+        Worker.toolchain,
+        Worker.memory_limit_bytes,
+        Worker.draining_at,
+        and_(is_live(), Worker.draining_at.is_(None)).label("is_claiming"),
+        was_heard_of().label("was_heard_of"),
+        Host.memory_bytes.label("host_memory_bytes"),
+    )
+    .join(Host, Host.id == Worker.host_id)
+    .where(or_(was_heard_of(), Worker.id == bindparam("worker")))
+)
+
+
 def read_claimants(connection: Connection, worker_id: str) -> tuple[Any, list[Any]]:
     """Return a worker with its host's memory, and all that were heard of lately, for a claim in the same transaction.
 
     Each row says by `is_claiming` whether the worker is live and not being drained.
     """
-    rows = connection.execute(
-        select(
-            Worker.id,
-            Worker.host_id,
-            Worker.slots,
-            Worker.toolchain_id,
-            Worker.toolchain,
-            Worker.memory_limit_bytes,
-            Worker.draining_at,
-            and_(is_live(), Worker.draining_at.is_(None)).label("is_claiming"),
-            was_heard_of().label("was_heard_of"),
-            Host.memory_bytes.label("host_memory_bytes"),
-        )
-        .join(Host, Host.id == Worker.host_id)
-        .where(or_(was_heard_of(), Worker.id == worker_id))
-    ).all()
+    rows = connection.execute(_CLAIMANTS, {"worker": worker_id}).all()
     (mine,) = [row for row in rows if row.id == worker_id]
     return mine, [row for row in rows if row.was_heard_of]
 

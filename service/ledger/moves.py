@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, exists, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, exists, select, update
 from sqlalchemy.orm import aliased
 
 from service.errors import InputFailed
@@ -31,6 +31,33 @@ from service.ledger.states import (
     target_of,
 )
 from service.ledger.tables import Attempt, Job, JobStep, Step, StepInput, Variant, VariantStep
+
+# Built once; see `service.ledger.locks`.
+_LIVE_JOBS = (
+    select(JobStep.job_id)
+    .join(Job, Job.id == JobStep.job_id)
+    .where(JobStep.step_id == bindparam("step"), Job.state.not_in(FINAL_JOB_STATES), JobStep.superseded.is_(False))
+    .order_by(JobStep.job_id)
+)
+_VARIANTS = (
+    select(Variant.id, Variant.name, Variant.state, Job.state.label("job_state"))
+    .join(Job, Job.id == Variant.job_id)
+    .where(Variant.job_id == bindparam("job"))
+    .order_by(Variant.position)
+)
+_SERVED = (
+    select(VariantStep.step_id, VariantStep.variant_id)
+    .join(Variant, Variant.id == VariantStep.variant_id)
+    .where(Variant.job_id == bindparam("job"))
+    .subquery()
+)
+_STEP_VIEWS = (
+    select(Step.id, Step.kind, Step.state, Step.error, Step.token, JobStep.reused, _SERVED.c.variant_id)
+    .join(JobStep, JobStep.step_id == Step.id)
+    .outerjoin(_SERVED, _SERVED.c.step_id == Step.id)
+    .where(JobStep.job_id == bindparam("job"), JobStep.superseded.is_(False))
+    .order_by(JobStep.position)
+)
 
 
 def move_step(
@@ -156,23 +183,12 @@ def _dependents(tx: Transaction, input_id: str) -> list[str]:
 
 def live_job_ids(tx: Transaction, step_id: str) -> list[str]:
     """Ids of the jobs that still want a step, sorted."""
-    rows = tx.connection.execute(
-        select(JobStep.job_id)
-        .join(Job, Job.id == JobStep.job_id)
-        .where(JobStep.step_id == step_id, Job.state.not_in(FINAL_JOB_STATES), JobStep.superseded.is_(False))
-        .order_by(JobStep.job_id)
-    )
-    return list(rows.scalars())
+    return list(tx.connection.execute(_LIVE_JOBS, {"step": step_id}).scalars())
 
 
 def recompute_job(tx: Transaction, job_id: str) -> None:
     """Derive variant and job states from the job's steps and store them; final states never change here."""
-    variants = tx.connection.execute(
-        select(Variant.id, Variant.name, Variant.state, Job.state.label("job_state"))
-        .join(Job, Job.id == Variant.job_id)
-        .where(Variant.job_id == job_id)
-        .order_by(Variant.position)
-    ).all()
+    variants = tx.connection.execute(_VARIANTS, {"job": job_id}).all()
     was_state = variants[0].job_state
     if was_state in FINAL_JOB_STATES:
         return
@@ -203,19 +219,7 @@ def _store_variant(
 
 
 def _step_views(tx: Transaction, job_id: str) -> list[StepView]:
-    served = (
-        select(VariantStep.step_id, VariantStep.variant_id)
-        .join(Variant, Variant.id == VariantStep.variant_id)
-        .where(Variant.job_id == job_id)
-        .subquery()
-    )
-    rows = tx.connection.execute(
-        select(Step.id, Step.kind, Step.state, Step.error, Step.token, JobStep.reused, served.c.variant_id)
-        .join(JobStep, JobStep.step_id == Step.id)
-        .outerjoin(served, served.c.step_id == Step.id)
-        .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
-        .order_by(JobStep.position)
-    ).all()
+    rows = tx.connection.execute(_STEP_VIEWS, {"job": job_id}).all()
     variants: dict[str, set[str]] = {row.id: set() for row in rows}
     for row in rows:
         if row.variant_id is not None:

@@ -110,12 +110,11 @@ def require_room_for_bytes(connection: Connection, tenant_id: str, size_bytes: i
         )
 
 
-def require_slot(tx: Transaction, tenant_id: str) -> None:
-    """Keep two hosts from starting a tenant's last permitted step twice over.
+def require_slot(tx: Transaction, tenant_id: str, limit: int | None) -> None:
+    """Keep two hosts from starting a tenant's last permitted step twice over; `limit` is its quota of running steps.
 
     Raises `StaleView` when the quota was used up since `service.ledger.due` looked: the claim looks again.
     """
-    limit = _read_limits(tx.connection, tenant_id)["running_steps"]
     if limit is None:
         return
     locks.lock_tenant(tx, tenant_id)

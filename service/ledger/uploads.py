@@ -50,6 +50,8 @@ def hold_uploads(tx: Transaction, tenant_id: str, digests: Iterable[str], hold: 
     `hold`: the table that says who holds what.
     """
     wanted = sorted(set(digests))
+    if not wanted:
+        return
     locks.lock_blobs(tx, wanted)
     require_uploads(tx.connection, tenant_id, wanted)
     for digest in wanted:

@@ -17,12 +17,14 @@ PATIENCE_S = 30.0
 
 
 def poke(url: str) -> None:
-    """Poke in a thread; fail if that never ends."""
+    """Poke, and wait until that is over; fail if it never is."""
     app = make_app(load_settings({"broker_url": url}))
-    thread = threading.Thread(target=Poker(app), args=(["light", "convert"],), daemon=True)
-    thread.start()
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive(), "whoever committed still waits"
+    poke = Poker(app)
+    poke(["light", "convert"])
+    waiting = threading.Thread(target=poke.close, daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive(), "a wake-up is still being sent"
     app.close()
 
 

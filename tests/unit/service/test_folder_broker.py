@@ -25,7 +25,9 @@ def channel(data_dir: Path) -> Iterator[FolderChannel]:
 
 
 def poke(data_dir: Path, *classes: str) -> None:
-    Poker(make_app(load_settings({"data_dir": data_dir})))(classes)
+    poker = Poker(make_app(load_settings({"data_dir": data_dir})))
+    poker(classes)
+    poker.close()
 
 
 def test_a_poke_is_taken_once_by_whoever_reads_its_queue(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,6 @@ from kombu.transport.redis import Transport
 from service import queue
 from service.queue import Poker, make_app
 from service.settings import load_settings
-from tests.kiln import wait_for
 
 
 class PlayedApp(Celery):  # type: ignore[misc]  # celery publishes no types
@@ -51,19 +52,23 @@ def test_a_broker_that_fails_is_asked_once_and_then_left_alone_for_a_while(
     app = PlayedApp()
     poke = Poker(app)
     poke(["light"])
+    poke.close()
     app.trouble = fail_with(error)
     poke(["fetch", "light", "convert"])
+    poke.close()
     poke(["device"])
+    poke.close()
     assert (app.sent, app.asked) == (["light"], 2)
     assert "could not poke fetch workers" in caplog.text
 
     app.trouble = lambda: None
     now_s += queue._QUIET_S
     poke(["fetch", "light"])
+    poke.close()
     assert app.sent == ["light", "fetch", "light"]
 
 
-def test_whoever_pokes_while_another_waits_to_is_served_by_its_message() -> None:
+def test_whoever_pokes_while_a_message_is_sent_waits_for_nothing_and_is_served_by_the_next() -> None:
     app = PlayedApp()
     gate, is_sending = threading.Event(), threading.Event()
 
@@ -73,17 +78,27 @@ def test_whoever_pokes_while_another_waits_to_is_served_by_its_message() -> None
 
     app.trouble = hang
     poke = Poker(app)
-    threads = [threading.Thread(target=poke, args=(["fetch"],)) for _ in range(20)]
-    threads[0].start()
+    poke(["fetch"])
     assert is_sending.wait(30)
-    for thread in threads[1:]:
-        thread.start()
-    # One waits to send after those who came while the first was sending; all others have gone.
-    wait_for(lambda: sum(thread.is_alive() for thread in threads) == 2, "nobody else waits")
+    for _ in range(20):
+        poke(["fetch"])
+    assert app.asked == 1
     gate.set()
-    for thread in threads:
-        thread.join()
+    poke.close()
     assert app.sent == ["fetch", "fetch"]
+
+
+def test_a_process_that_ends_sends_its_last_wake_ups_first() -> None:
+    program = (
+        "import time\n"
+        "from service.queue import Poker\n"
+        "class App:\n"
+        "    def send_task(self, name, *, queue, **_):\n"
+        "        time.sleep(0.2); print(queue, flush=True)\n"
+        "Poker(App())(['fetch', 'light'])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert ended.stdout.split() == ["fetch", "light"]
 
 
 def test_a_redis_has_time_to_say_that_there_is_no_message() -> None:
