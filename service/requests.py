@@ -237,6 +237,9 @@ class JobRequest(BaseModel):
         le=4,
         description="Fixed prompts that a bundle answers on a phone, compared with its answers on the host.",
     )
+    profile: bool = Field(
+        default=False, description="On phones, a run apart that tells what each node of a graph takes."
+    )
     calibration: Calibration | None = Field(default=None, description="A small text of ours when absent.")
     evaluation: UploadDigest | None = Field(
         default=None, description='JSON lines `{"prompt", "answer"}` in place of the checkpoint\'s `evaluation.jsonl`.'
@@ -315,6 +318,10 @@ class JobRequest(BaseModel):
                 raise ValueError(
                     f"a context of {self.context_length} tokens is no multiple of the largest prefill length, {largest}"
                 )
+        if self.profile and ("tflite" not in self.formats or all(device == HOST for device in self.devices)):
+            raise ValueError(
+                "a profile is of a graph on a phone: ask for the format tflite, and a device other than host"
+            )
         if gates.needs_benchmark(self.gates) and not self.devices:
             raise ValueError("a gate on a benchmark's figure needs a device to measure it on")
         return self

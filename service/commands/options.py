@@ -70,6 +70,9 @@ SmokePrompts = Annotated[
         "--smoke-prompts", metavar="N", help="Fixed prompts that bundles answer on phones, 0 to 4. [default: 3]"
     ),
 ]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="On phones, tell in a run apart what each node of a .tflite takes.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE", help="Text that recipes with quantized activations measure on."),
@@ -157,6 +160,7 @@ def make_order(
     backend: Backends = None,
     threads: Threads = None,
     smoke_prompts: SmokePrompts = None,
+    profile: Profile = False,
     calibration: Calibration = None,
     calibration_prompts: CalibrationPrompts = None,
     evaluation: Evaluation = None,
@@ -201,6 +205,7 @@ def make_order(
         "backends": backend,
         "threads": threads,
         "smoke_prompts": smoke_prompts,
+        "profile": profile,
         "calibration": _choose_calibration(calibration, calibration_prompts, files),
         "evaluation": _name_upload("--evaluation", evaluation, files),
         "perplexity_text": _name_upload("--perplexity-text", perplexity_text, files),

@@ -24,9 +24,25 @@ def print_outcome(job: Mapping[str, Any]) -> None:
     measured = [row for variant in job["variants"] for row in _measurement_rows(variant)]
     if measured:
         print_table(_MEASURED_COLUMNS, measured, right=_MEASURED_NUMBERS)
-    for line in (*_shared(job), *_failures(job)):
+    for line in (*_profiles(job), *_shared(job), *_failures(job)):
         say(line)
     say_outcome(job)
+
+
+def _profiles(job: Mapping[str, Any]) -> list[str]:
+    """Return a line for every graph that a phone was asked to profile: what takes its time, the most first."""
+    return [
+        f"Profile of {variant['name']} on {_name_device(measurement['device'])}, {signature}, {graph['graph']} "
+        f"({graph['nodes_executed']} nodes): "
+        + ", ".join(
+            f"{row['node_type']} {row['share']:.0%} ({row['avg_ms']:.3g} ms, {row['count']}x)"
+            for row in graph["by_type"]
+        )
+        for variant in job["variants"]
+        for measurement in variant["measurements"]
+        for signature, graphs in (measurement.get("profile") or {}).items()
+        for graph in graphs
+    ]
 
 
 def _shared(job: Mapping[str, Any]) -> list[str]:

@@ -205,7 +205,8 @@ def _ways(request: JobRequest, device: str) -> list[tuple[str, dict[str, Any]]]:
     for backend in request.backends:
         for threads in request.threads or (None,):
             name = f"{device}:{backend}" + ("" if threads is None else f":{threads}")
-            ways.append((name, {"backend": backend, "threads": threads, "smoke_prompts": request.smoke_prompts}))
+            asides = {"smoke_prompts": request.smoke_prompts, "profile": request.profile}
+            ways.append((name, {"backend": backend, "threads": threads, **asides}))
     return ways
 
 

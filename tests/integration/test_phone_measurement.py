@@ -10,14 +10,26 @@ from typing import Any
 
 import pytest
 
+from service.devices import TOOLS as FORMAT_TOOLS
 from service.errors import ToolReportInvalid
-from tests.unit.workers.devices.test_reports import LITERT_LM
+from tests.unit.workers.devices.test_profiles import TABS as PROFILE
+from tests.unit.workers.devices.test_reports import BENCHMARK_MODEL, LITERT_LM
 from tests.unit.workers.devices.test_smoke import write_answers
 from tests.virtual_phone.bench import AdbServer, AttachedPhone, adb_server, virtual_phone
 from workers.devices.adb import Adb
 from workers.devices.android import read_record
 from workers.devices.phone import measure, prepare
 
+#: Prints a profile where that is asked for, else times.
+GRAPH_TOOL = f"""#!/bin/sh
+echo "$@" >> "$PHONE_ROOT/calls"
+case "$*" in
+*--enable_op_profiling=true*) cat <<'END' ;;
+{PROFILE}END
+*) cat <<'END' ;;
+{BENCHMARK_MODEL}END
+esac
+"""
 #: Answers with what the phone's folder `says`, as itself with two tokens of a prompt; else is timed.
 TOOL = f"""#!/bin/sh
 echo "$@" >> "$PHONE_ROOT/calls"
@@ -28,6 +40,8 @@ esac
 sed "s/Processed 1024/Processed $tokens/" >&2 <<'END'
 {LITERT_LM}END
 """
+
+TOOLS = {"litert_lm_advanced_main": TOOL, "benchmark_model": GRAPH_TOOL}
 
 Run = Callable[..., dict[str, Any]]
 
@@ -59,12 +73,15 @@ def run(server: AdbServer, attached: AttachedPhone, tmp_path: Path) -> Run:
     for folder in (*inputs.values(), tmp_path / "out"):
         folder.mkdir()
     (inputs["artifact"] / "model.litertlm").write_bytes(b"model")
-    (inputs["tool"] / "litert_lm_advanced_main").write_text(TOOL)
+    (inputs["artifact"] / "model.tflite").write_bytes(b"graph")
+    for name, script in TOOLS.items():
+        (inputs["tool"] / name).write_text(script)
     write_answers(inputs["answers"], [1, 2, 3, 4], [1, 2, 3, 5])
     (attached.root / "says").write_text("output: the kiln is warm\n")
     record = {**read_record(Adb("127.0.0.1", server.port).phone(attached.serial)), "name": "a phone"}
 
-    def call(**params: Any) -> dict[str, Any]:
+    def call(model_format: str = "litertlm", **params: Any) -> dict[str, Any]:
+        tool = FORMAT_TOOLS[model_format]
         told = {
             "adb_host": "127.0.0.1",
             "adb_port": server.port,
@@ -74,14 +91,14 @@ def run(server: AdbServer, attached: AttachedPhone, tmp_path: Path) -> Run:
             "cool_down_s": 0,
             "logit_range": 10.0,
             "tool": {
-                "name": "litert_lm_advanced_main",
+                "name": tool,
                 "version": "1",
                 "abi": "x86_64",
-                "files": {"litert_lm_advanced_main": digest(TOOL.encode())},
+                "files": {tool: digest(TOOLS[tool].encode())},
             },
         }
         whole = {
-            "format": "litertlm",
+            "format": model_format,
             "processes": 3,
             "prefill_tokens": 1024,
             "decode_tokens": 256,
@@ -122,3 +139,22 @@ def test_a_phone_that_says_nothing_has_not_answered(run: Run, attached: Attached
 def test_control_who_asks_nothing_gets_no_smoke(run: Run, attached: AttachedPhone) -> None:
     assert "smoke" not in run()
     assert "--use_session" not in (attached.root / "calls").read_text()
+
+
+def test_a_profile_runs_apart_from_what_is_timed(run: Run, attached: AttachedPhone, tmp_path: Path) -> None:
+    found = run("tflite", signatures=["prefill_16", "decode"], profile=True)
+    assert set(found["profile"]) == {"prefill_16", "decode"}
+    (graph,) = found["profile"]["decode"]
+    assert graph["by_type"][0]["node_type"] == "FULLY_CONNECTED"
+    document = json.loads((tmp_path / "out" / "measurement.json").read_text())
+    assert document["profile"]["decode"]["graphs"][0]["slowest"][0]["name"] == "[dense_1/BiasAdd]:1"
+    calls = (attached.root / "calls").read_text().splitlines()
+    profiled = [call for call in calls if "--enable_op_profiling=true" in call]
+    assert [call.split("--signature_to_run_for=")[1].split()[0] for call in profiled] == ["prefill_16", "decode"]
+    # The cold process, three, and the one whose memory is watched; two signatures, but for the last.
+    assert len(calls) - len(profiled) == 2 * 4 + 1
+
+
+def test_control_who_asks_for_no_profile_gets_none(run: Run, attached: AttachedPhone) -> None:
+    assert "profile" not in run("tflite", signatures=["decode"])
+    assert "profiling" not in (attached.root / "calls").read_text()

@@ -1,7 +1,7 @@
 """The protocol of a measurement, the same on every device: which processes run, and what their samples amount to.
 
     1. one process that nobody pools: the first ever on this device builds caches and reads the file (`cold`)
-    2. `smoke`: the artifact answers prompts, each in a process of its own, before hours go into timing nonsense
+    2. what is asked beside the figures, in processes of its own, before time goes into nonsense: answers, a profile
     3. `processes` fresh ones, each after the device was found fit
     4. a capture that is noisy or hot is kept, marked, and run once more; the last one counts, whatever it says
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ _RUN_AGAIN = (Verdict.NOISY, Verdict.HOT)
 
 
 @dataclass(frozen=True)
+class Aside:
+    """What a device was asked beside its speed."""
+
+    #: For the ledger.
+    figures: Mapping[str, Any]
+    #: For the document: all of it.
+    whole: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Device:
     """What the protocol needs of a device."""
 
@@ -45,8 +55,8 @@ class Device:
     wait_until_fit: Callable[[], None] = lambda: None
     #: Measures memory in a process of its own, where watching would disturb the others.
     measure_memory: Callable[[], dict[str, Any]] = dict
-    #: Has the artifact answer prompts; returns how the answers compare, and `answers` themselves. None: nobody asked.
-    answer_prompts: Callable[[], dict[str, Any]] | None = None
+    #: Name -> what else is asked, each in processes of its own.
+    asides: Mapping[str, Callable[[], Aside]] = field(default_factory=dict)
 
 
 def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -66,7 +76,7 @@ def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress
         return {**sample, "thermal_status": device.read_conditions().get("thermal_status")}
 
     cold = run("cold process", 0)
-    smoke = device.answer_prompts() if device.answer_prompts else {}
+    asides = {name: ask() for name, ask in device.asides.items()}
     while not captures or (len(captures) == 1 and captures[0]["verdict"] in _RUN_AGAIN):
         try:
             warm = [run(f"process {number} of {asked['processes']}", number) for number in range(1, total)]
@@ -89,11 +99,11 @@ def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress
         "conditions": {"before": before, "after": device.read_conditions()},
         **figures,
         "cold": _summarize_cold(asked, cold),
-        **({"smoke": {name: value for name, value in smoke.items() if name != "answers"}} if smoke else {}),
+        **{name: dict(aside.figures) for name, aside in asides.items()},
         "captures": len(captures),
         "verdict": captures[-1]["verdict"],
     }
-    whole = {"smoke": smoke} if smoke else {}
+    whole = {name: dict(aside.whole) for name, aside in asides.items()}
     document = {**found, **whole, "asked": dict(asked), "cold_sample": cold, "captures": captures}
     (output_dir / DOCUMENT).write_text(json.dumps(document, indent=1))
     return found

@@ -18,6 +18,8 @@ PARSERS: Mapping[str, Callable[[str], dict[str, Any]]] = {
     "task": parse_litert_lm,
     "litertlm": parse_litert_lm,
 }
+#: Has `benchmark_model` time each node, which changes all times: never together with a timed run.
+PROFILE_FLAG = "--enable_op_profiling=true"
 #: Timed runs of a signature in one process.
 _RUNS = 20
 #: As long as a run may be told to take; the process has a deadline of its own.

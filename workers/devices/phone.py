@@ -12,7 +12,7 @@ SHA-256); `inputs["tool"]` holds its files.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from service.errors import BenchmarkFailed, DeviceHot, DeviceLost, DeviceUnautho
 from service.recipes import FORMATS, require_known
 from workers.devices.adb import Adb, Phone, quote
 from workers.devices.android import THERMAL_STATUSES, find_big_cores, read_conditions, read_record
-from workers.devices.capture import Device, find_fault
+from workers.devices.capture import Aside, Device, find_fault
 from workers.devices.capture import measure as run_protocol
-from workers.devices.commands import PARSERS, build_arguments, build_question, find_fallback
+from workers.devices.commands import PARSERS, PROFILE_FLAG, build_arguments, build_question, find_fallback
 from workers.devices.processes import Processes
-from workers.devices.reports import parse_answer
+from workers.devices.profiles import parse_profile
+from workers.devices.reports import parse_answer, refuse_unknown_flags
 from workers.devices.smoke import Answers, read_answers
 from workers.devices.traces import (
     digest_file,
@@ -47,8 +48,11 @@ _DEFAULTS: dict[str, Any] = {
     "threads": None,
     "signatures": [],
     "smoke_prompts": 0,
+    "profile": False,
     "process_deadline_s": 600.0,
 }
+#: Node types of a profile that the ledger keeps; the document has all.
+_TYPES_IN_FIGURES = 5
 #: Cores that a language model uses well on a phone, where the job does not say.
 _THREADS = 4
 #: Between two looks at a phone that cools down.
@@ -99,7 +103,7 @@ def measure(
         read_conditions=partial(read_conditions, bench.phone),
         wait_until_fit=bench.wait_until_cool,
         measure_memory=bench.measure_memory,
-        answer_prompts=bench.answer_prompts if bench.answers else None,
+        asides=bench.asides,
     )
     return run_protocol(device, bench.asked, output_dir, progress)
 
@@ -236,8 +240,37 @@ class _Bench:
             return None
         return read_answers(folder, count, self.asked["backend"], logit_range)
 
-    def answer_prompts(self) -> dict[str, Any]:
-        """Ask the artifact a process a prompt; return the figures, and `answers` with every word of both sides."""
+    @property
+    def asides(self) -> dict[str, Callable[[], Aside]]:
+        """What is asked beside figures, where it is asked for and the tool can tell it."""
+        asked: dict[str, Callable[[], Aside]] = {}
+        if self.answers is not None:
+            asked["smoke"] = self.answer_prompts
+        if self.asked["profile"] and TOOLS[self.asked["format"]] == "benchmark_model":
+            asked["profile"] = self.profile
+        return asked
+
+    def profile(self) -> Aside:
+        """Run a process a signature that tells what each node takes; its times are never pooled with others."""
+        figures, whole = {}, {}
+        for signature in self._signatures:
+            name = signature or "default"
+            finished = self._processes.start(f"profile of {name}", [*self._command(signature), PROFILE_FLAG])
+            refuse_unknown_flags(self.tool["name"], finished.log)
+            graphs = parse_profile(finished.log)
+            figures[name] = [
+                {
+                    "graph": graph["graph"],
+                    "nodes_executed": graph["nodes_executed"],
+                    "by_type": graph["by_type"][:_TYPES_IN_FIGURES],
+                }
+                for graph in graphs
+            ]
+            whole[name] = {"graphs": graphs, "log": finished.log}
+        return Aside(figures, whole)
+
+    def answer_prompts(self) -> Aside:
+        """Ask the artifact, a process a prompt; the document gets every word of both sides."""
         assert self.answers is not None
         found = []
         for number, question in enumerate(self.answers.questions, 1):
@@ -251,4 +284,5 @@ class _Bench:
             {"prompt": question.prompt, "expected": self.answers.decode(question.expected.tokens), **answer}
             for question, answer in zip(self.answers.questions, found, strict=True)
         ]
-        return {**self.answers.compare(found), "answers": told}
+        figures = self.answers.compare(found)
+        return Aside(figures, {**figures, "answers": told})

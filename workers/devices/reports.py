@@ -35,7 +35,7 @@ def parse_benchmark_model(text: str) -> dict[str, Any]:
     `delegations` (`[{delegate, share: whole | part | none}]`), and where reported `peak_rss_bytes` and
     `footprint_bytes`.
     """
-    _refuse_unknown_flags("benchmark_model", text)
+    refuse_unknown_flags("benchmark_model", text)
     blocks = [_read_block(count, rest) for count, rest in _COUNT.findall(text)]
     summary = re.search(
         rf"Inference timings in us: Init: {_NUMBER}, First inference: {_NUMBER}, Warmup \(avg\): {_NUMBER}, "
@@ -76,7 +76,7 @@ def parse_litert_lm(text: str) -> dict[str, Any]:
     where reported `peak_rss_bytes` and `footprint_bytes`.
     """
     tool = "litert_lm_advanced_main"
-    _refuse_unknown_flags(tool, text)
+    refuse_unknown_flags(tool, text)
     _, found, report = text.partition("BenchmarkInfo:")
     # A median of several iterations has the same labels; it is not what one process did.
     report = report.split(_AGGREGATED)[0]
@@ -110,7 +110,7 @@ def parse_answer(words: str, log: str) -> dict[str, Any]:
     Returns `text`, `prompt_tokens` and `generated_tokens`. No answer is an error, never an empty one.
     """
     tool = "litert_lm_advanced_main"
-    _refuse_unknown_flags(tool, log)
+    refuse_unknown_flags(tool, log)
     _, found, text = words.partition("output: ")
     if not found:
         raise _incomplete(tool, "an answer to a prompt", log)
@@ -135,7 +135,8 @@ def _sharpen_ttft(tool: str, figures: dict[str, Any], printed: str) -> float:
     return _positive(tool, "time to first token", printed)
 
 
-def _refuse_unknown_flags(tool: str, text: str) -> None:
+def refuse_unknown_flags(tool: str, text: str) -> None:
+    """Raise `ToolReportInvalid` where a tool says that it did not understand what it was told."""
     if match := _UNKNOWN_FLAG.search(text):
         flag = (match[1] or match[2]).strip()
         raise ToolReportInvalid(

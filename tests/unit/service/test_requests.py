@@ -122,3 +122,16 @@ def test_a_recipe_of_ones_own_is_named_like_any_other() -> None:
 def test_a_recipe_that_is_none_is_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         parse_request({"source": {"kind": "hub", "repo": "a/b"}, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"devices": ["any"]}, {"formats": ["tflite"]}, {"formats": ["tflite"], "devices": ["host"]}]
+)
+def test_a_profile_is_of_a_graph_on_a_phone(fields: dict[str, list[str]]) -> None:
+    with pytest.raises(InvalidRequest, match="a profile is of a graph on a phone"):
+        parse_request({"source": {"kind": "hub", "repo": "a/b"}, **fields, "profile": True})
+
+
+def test_control_a_profile_of_a_graph_on_a_phone_may_be_asked() -> None:
+    fields = {"formats": ["litertlm", "tflite"], "devices": ["host", "any"], "profile": True}
+    assert parse_request({"source": {"kind": "hub", "repo": "a/b"}, **fields}).profile

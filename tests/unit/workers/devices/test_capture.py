@@ -80,20 +80,20 @@ def test_a_phone_that_is_too_hot_at_first_is_an_error(tmp_path: Path) -> None:
 
 
 def test_answers_stand_in_the_document_and_how_they_compare_in_the_figures(tmp_path: Path) -> None:
-    smoke = {"match_ratio": 0.5, "answers": [{"text": "warm"}]}
-    device = dataclasses.replace(make_device(sample), answer_prompts=lambda: smoke)
-    assert measure(device, tmp_path)["smoke"] == {"match_ratio": 0.5}
-    assert json.loads((tmp_path / capture.DOCUMENT).read_text())["smoke"] == smoke
+    smoke = capture.Aside({"match_ratio": 0.5}, {"match_ratio": 0.5, "answers": [{"text": "warm"}]})
+    device = dataclasses.replace(make_device(sample), asides={"smoke": lambda: smoke})
+    assert measure(device, tmp_path)["smoke"] == smoke.figures
+    assert json.loads((tmp_path / capture.DOCUMENT).read_text())["smoke"] == smoke.whole
 
 
 def test_an_answer_that_is_missing_fails_before_anything_is_timed(tmp_path: Path) -> None:
     counts = []
 
-    def fail() -> dict[str, Any]:
+    def fail() -> capture.Aside:
         raise ToolReportInvalid("no answer")
 
     device = dataclasses.replace(
-        make_device(lambda number: counts.append(number) or sample(number)), answer_prompts=fail
+        make_device(lambda number: counts.append(number) or sample(number)), asides={"smoke": fail}
     )
     with pytest.raises(ToolReportInvalid):
         measure(device, tmp_path)
