@@ -101,6 +101,12 @@ class RecipeUnfit(InvalidRequest):
     code = "recipe_unfit"
 
 
+class NotComparable(InvalidRequest):
+    """Two measurements cannot be held against each other: unstable, of several kinds of device, or of other work."""
+
+    code = "not_comparable"
+
+
 class UploadNotFound(InvalidRequest):
     """A request names a digest that its tenant did not upload, or that was swept since."""
 

@@ -85,7 +85,7 @@ def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress
                 raise
             # The first capture stands, with its verdict.
             break
-        figures, verdict = _summarize(asked, warm)
+        figures, verdict = _summarize(asked, warm, captures[-1]["samples"] if captures else ())
         captures.append({"verdict": str(verdict), "figures": figures, "samples": warm})
     figures = {**captures[-1]["figures"], **device.measure_memory()}
     ran_on = {sample["ran_on"]: None for sample in captures[-1]["samples"] if "ran_on" in sample}
@@ -135,12 +135,16 @@ def _flatten(latency: Any) -> list[Any]:
     return list(latency) or [None]
 
 
-def _summarize(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Verdict]:
+_Samples = Sequence[Mapping[str, Any]]
+
+
+def _summarize(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples) -> tuple[dict[str, Any], Verdict]:
+    """Return the figures and the verdict of a capture; `earlier` is the one that it repeats."""
     figures: dict[str, Any] = {"processes": len(warm)}
     if asked["format"] == "tflite":
-        verdict = _summarize_graph(asked, warm, figures)
+        verdict = _summarize_graph(asked, warm, earlier, figures)
     else:
-        verdict = _summarize_bundle(asked, warm, figures)
+        verdict = _summarize_bundle(asked, warm, earlier, figures)
     # The largest of all processes: memory is a peak, not a typical value.
     for name in MEMORY_FIGURES:
         if all(sample.get(name) for sample in warm):
@@ -150,7 +154,7 @@ def _summarize(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]]) -> t
     return figures, verdict
 
 
-def _summarize_bundle(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> Verdict:
+def _summarize_bundle(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples, figures: dict[str, Any]) -> Verdict:
     for name in BUNDLE_FIGURES:
         figures[name] = summarize([sample[name] for sample in warm]).to_json()
     counts = ("prefill_tokens", "decode_tokens")
@@ -158,12 +162,17 @@ def _summarize_bundle(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]
     is_cut = any(figures[name] < asked[name] for name in counts)
     # Init and TTFT are shown, but throughput is what gates and comparisons read.
     return worst(
-        judge([sample[name] for sample in warm], asked["processes"], is_cut=is_cut)
+        judge(
+            [sample[name] for sample in warm],
+            asked["processes"],
+            is_cut=is_cut,
+            earlier=[sample[name] for sample in earlier],
+        )
         for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
     )
 
 
-def _summarize_graph(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]], figures: dict[str, Any]) -> Verdict:
+def _summarize_graph(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples, figures: dict[str, Any]) -> Verdict:
     figures["init_s"] = summarize([sample["init_s"] for sample in warm]).to_json()
     figures["latency_ms"] = {}
     verdicts = []
@@ -174,7 +183,8 @@ def _summarize_graph(asked: Mapping[str, Any], warm: Sequence[Mapping[str, Any]]
         every = [value for sample in warm if isinstance(found := sample["latency_ms"][name], list) for value in found]
         if every:
             figures["latency_ms"][name]["iterations"] = percentiles(every)
-        verdicts.append(judge(medians, asked["processes"], less_is_better=True))
+        before = [_middle(sample["latency_ms"][name]) for sample in earlier]
+        verdicts.append(judge(medians, asked["processes"], less_is_better=True, earlier=before))
     return worst(verdicts)
 
 

@@ -6,10 +6,10 @@ small, between processes it is large. Called by every device of `workers.devices
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ LEAST_SAMPLES = 3
 CONFIDENCE = 0.95
 #: From these on an interval of that confidence exists at all: with five, even the whole range holds it in 94 of 100.
 LEAST_FOR_INTERVAL = 6
-#: A fall of the samples, each below the one before, by more than this share looks like throttling.
-HOT_FALL = 0.03
+#: A level that falls by more than this share while a capture runs looks like throttling (docs/decisions, phones).
+HOT_FALL = 0.08
+#: So much of the samples' variance must be that fall: what is left is noise about it.
+HOT_SHARE = 0.6
 #: A robust standard deviation above this share of the median marks a capture as noisy. Processes of one model on
 #: one phone routinely differ by a tenth.
 NOISY_SPREAD = 0.10
@@ -95,11 +97,19 @@ def find_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] |
     """
     if len(values) < LEAST_FOR_INTERVAL:
         return None
+    low, high = _find_interval_ranks(len(values))
+    ordered = np.sort(values)
+    return float(ordered[low]), float(ordered[high])
+
+
+@cache
+def _find_interval_ranks(count: int) -> tuple[int, int]:
+    """Return which of `count` ordered samples are the bounds: it hangs on nothing but their number."""
     # Takes a second to import, and only a finished capture needs it.
     from scipy.stats import quantile_test
 
-    found = quantile_test(np.asarray(values), p=0.5).confidence_interval(CONFIDENCE)
-    return float(found.low), float(found.high)
+    found = quantile_test(np.arange(count), p=0.5).confidence_interval(CONFIDENCE)
+    return int(found.low), int(found.high)
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float | int]:
@@ -110,27 +120,43 @@ def percentiles(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def judge(
-    samples: Sequence[float | None], asked: int, *, is_cut: bool = False, less_is_better: bool = False
+    samples: Sequence[float | None],
+    asked: int,
+    *,
+    is_cut: bool = False,
+    less_is_better: bool = False,
+    earlier: Sequence[float] = (),
 ) -> Verdict:
     """Judge one figure's capture: `asked` processes were to give a positive sample each, in the order they ran.
 
     `is_cut` says that a process did less work than it was asked for, so that the figure is that of other work.
-    `less_is_better`: the samples are times, not speeds.
+    `less_is_better`: the samples are times, not speeds. `earlier` are the samples of the capture before it, of which
+    this one is the repetition: a phone that has not come back to its old level is still held down.
     """
     if not samples or any(sample is None or not np.isfinite(sample) or sample <= 0 for sample in samples):
         return Verdict.DEAD
     if is_cut or len(samples) < max(asked, LEAST_SAMPLES):
         return Verdict.SHORT
     present = [sample for sample in samples if sample is not None]
-    if _is_throttling([1 / sample for sample in present] if less_is_better else present):
+    series = [present, [*earlier, *present]] if earlier else [present]
+    if any(_is_throttling(each, less_is_better=less_is_better) for each in series):
         return Verdict.HOT
     return Verdict.NOISY if summarize(present).spread > NOISY_SPREAD else Verdict.STABLE
 
 
-def _is_throttling(speeds: Sequence[float]) -> bool:
-    """Whether a device got slower with every process, and by more than it differs otherwise."""
-    falls = all(later < earlier for earlier, later in itertools.pairwise(speeds))
-    return len(speeds) >= LEAST_SAMPLES + 1 and falls and speeds[-1] < speeds[0] * (1 - HOT_FALL)
+def _is_throttling(samples: Sequence[float], *, less_is_better: bool) -> bool:
+    """Whether a level that only falls explains the samples, and falls far.
+
+    Steps, slopes and stairs are all of them levels that only fall; one noisy sample on the way hides none of them.
+    """
+    if len(samples) <= LEAST_SAMPLES:
+        return False
+    from scipy.optimize import isotonic_regression
+
+    speeds = np.log(np.asarray(samples)) * (-1 if less_is_better else 1)
+    level = isotonic_regression(speeds, increasing=False).x
+    fall = 1 - np.exp(level[-1] - level[0])
+    return bool(fall > HOT_FALL and np.var(speeds - level) < (1 - HOT_SHARE) * np.var(speeds))
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

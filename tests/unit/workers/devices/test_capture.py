@@ -98,3 +98,16 @@ def test_an_answer_that_is_missing_fails_before_anything_is_timed(tmp_path: Path
     with pytest.raises(ToolReportInvalid):
         measure(device, tmp_path)
     assert counts == [0]
+
+
+def test_a_phone_that_stays_slow_is_hot_the_second_time_too(tmp_path: Path) -> None:
+    """Cold process, then three fast ones of the first capture; everything after them is a fifth slower."""
+
+    def throttled(number: int) -> dict[str, Any]:
+        speed = 100.0 if number <= 3 else 80.0
+        return sample(number, prefill_tokens_per_s=speed, decode_tokens_per_s=speed)
+
+    found = measure(make_device(throttled), tmp_path)
+    assert (found["verdict"], found["captures"]) == ("hot", 2)
+    document = json.loads((tmp_path / capture.DOCUMENT).read_text())
+    assert [each["verdict"] for each in document["captures"]] == ["hot", "hot"]

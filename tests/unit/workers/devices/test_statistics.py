@@ -36,12 +36,19 @@ def test_percentiles_interpolate() -> None:
     [
         ([100.0, 101.0, 99.0, 100.5, 99.5], 5, Verdict.STABLE),
         # One outlier in five does not move a robust spread.
-        ([100.0, 101.0, 99.0, 100.5, 20.0], 5, Verdict.STABLE),
+        ([100.0, 101.0, 20.0, 99.0, 100.5], 5, Verdict.STABLE),
+        # As the last one it may be a phone that has begun to throttle: nobody knows, so it is measured again.
+        ([100.0, 101.0, 99.0, 100.5, 20.0], 5, Verdict.HOT),
         ([100.0, 130.0, 70.0, 115.0, 85.0], 5, Verdict.NOISY),
         # Slower with every process: the device holds its clocks down, whatever it says.
-        ([100.0, 99.0, 97.0, 96.0, 95.0], 5, Verdict.HOT),
+        ([100.0, 97.0, 95.0, 92.0, 90.0], 5, Verdict.HOT),
+        # The same with a sample out of order, and in one step.
+        ([100.0, 97.0, 98.0, 91.0, 92.0, 86.0], 6, Verdict.HOT),
+        ([100.0, 101.0, 99.0, 85.0, 86.0, 84.0], 6, Verdict.HOT),
         # The same falls within what phones differ by anyway.
-        ([100.0, 99.9, 99.5, 99.0, 98.0], 5, Verdict.STABLE),
+        ([100.0, 99.0, 98.5, 97.0, 96.0], 5, Verdict.STABLE),
+        # Faster with every process: it has warmed up.
+        ([85.0, 86.0, 90.0, 95.0, 97.0, 100.0], 6, Verdict.STABLE),
         ([100.0, 101.0, 99.0, 100.5], 5, Verdict.SHORT),
         ([100.0, 100.0], 2, Verdict.SHORT),
         ([100.0, 100.0, 0.0], 3, Verdict.DEAD),
@@ -55,8 +62,15 @@ def test_verdicts(samples: list[float | None], asked: int, verdict: Verdict) -> 
 
 
 def test_times_that_grow_are_hot() -> None:
-    assert judge([10.0, 10.2, 10.4, 10.6], 4, less_is_better=True) is Verdict.HOT
-    assert judge([10.6, 10.4, 10.2, 10.0], 4, less_is_better=True) is Verdict.STABLE
+    assert judge([10.0, 10.4, 10.8, 11.2], 4, less_is_better=True) is Verdict.HOT
+    assert judge([11.2, 10.8, 10.4, 10.0], 4, less_is_better=True) is Verdict.STABLE
+
+
+def test_a_repetition_at_the_level_that_the_first_capture_fell_to_is_hot() -> None:
+    fell, stayed, back = [100.0, 101.0, 99.0, 80.0, 81.0, 79.0], [80.0] * 6, [100.0, 99.0, 101.0, 100.0, 99.0, 101.0]
+    assert judge(stayed, 6) is Verdict.STABLE, "control: of itself it shows nothing"
+    assert judge(stayed, 6, earlier=fell) is Verdict.HOT
+    assert judge(back, 6, earlier=fell) is Verdict.STABLE
 
 
 def test_an_interval_needs_six_samples() -> None:
