@@ -20,7 +20,7 @@ LEAST_SAMPLES = 3
 CONFIDENCE = 0.95
 #: From these on an interval of that confidence exists at all: with five, even the whole range holds it in 94 of 100.
 LEAST_FOR_INTERVAL = 6
-#: A level that falls by more than this share while a capture runs looks like throttling (docs/decisions, phones).
+#: A level that falls by more than this share while a capture runs looks like throttling (decision 28).
 HOT_FALL = 0.08
 #: So much of the samples' variance must be that fall: what is left is noise about it.
 HOT_SHARE = 0.6
