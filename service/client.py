@@ -31,7 +31,7 @@ from service.downloads import fetch_artifact, fetch_manifest, fetch_measurement,
 from service.errors import BlobCorrupt, EdgeKilnError, InvalidSettings, ServiceUnavailable, UploadNotFound
 from service.local_folder import read_folder
 from service.requests import JobRequest
-from service.sending import LargeFile, send_file
+from service.sending import LargeFile, name_upload, send_file
 from service.signing import Verifier
 
 DEFAULT_URL = "http://127.0.0.1:8711"
@@ -48,9 +48,11 @@ _CONNECT_TIMEOUT_S = 10.0
 #: How long a stream that breaks is taken up again without one event arriving.
 _PATIENCE_S = 60.0
 _RECONNECT_S = 1.0
-#: Between two looks at logs that are followed, and how much of each is read at a look.
+#: Between two looks at logs that are followed, and how much of what is new in each is read at a look.
 _FOLLOW_S = 1.0
 _FOLLOWED_BYTES = 64 << 10
+#: Logs that one request names.
+_MAX_SINCE = 50
 _CHUNK_BYTES = 1 << 20
 #: Files up to this size are uploaded in one request.
 _SMALL_BYTES = 16 << 20
@@ -220,7 +222,9 @@ class Client:
 
     def logs(self, job_id: str, kind: str | None = None, tail_bytes: int | None = None) -> Documents:
         """Return what the attempts of a job's steps wrote; `text` is the end of each."""
-        query = {"kind": kind, "tail_bytes": tail_bytes}
+        return self._read_logs(job_id, kind=kind, tail_bytes=tail_bytes)
+
+    def _read_logs(self, job_id: str, **query: Any) -> Documents:
         params = {name: value for name, value in query.items() if value is not None}
         logs: Documents = self._call("GET", f"/v1/jobs/{_segment(job_id)}/logs", params=params)["logs"]
         return logs
@@ -239,9 +243,12 @@ class Client:
         while True:
             # Read before the logs: what is printed until the end is then in them.
             is_final = self.get(job_id)["finalized_at"] is not None
-            entries = self.logs(job_id, kind, tail_bytes=_FOLLOWED_BYTES)
-            for entry in entries:
-                yield from _describe_news(entry, seen)
+            entries = self.logs(job_id, kind, tail_bytes=0)
+            news = [entry for entry in entries if (entry["size_bytes"] or 0) > seen.get(_attempt_of(entry), -1)]
+            for first in range(0, len(news), _MAX_SINCE):
+                since = [_name_since(entry, seen) for entry in news[first : first + _MAX_SINCE]]
+                for entry in self._read_logs(job_id, tail_bytes=_FOLLOWED_BYTES, since=since):
+                    yield from _describe_news(entry, seen)
             if is_final:
                 give_up_at = give_up_at or time.monotonic() + _LAST_WORDS_S
                 # A cancelled step's worker stores its log after the job has ended; a worker that vanished never does.
@@ -265,7 +272,7 @@ class Client:
             # A length, for a server that refuses what is too large before it is sent.
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(stream.tell())}
             stored = self._call(
-                "POST", "/v1/uploads", content=Body(stream), headers=headers, params={"name": file.name[:200]}
+                "POST", "/v1/uploads", content=Body(stream), headers=headers, params={"name": name_upload(file)}
             )
         if stored["sha256"] != sha256:
             raise BlobCorrupt(f"{file} changed while it was uploaded, or on its way. Upload it again.", path=str(file))
@@ -511,9 +518,18 @@ def _segment(identifier: str) -> str:
     return quote(identifier, safe="") or "-"
 
 
+def _attempt_of(entry: Document) -> tuple[str, int]:
+    return entry["step_id"], entry["attempt"]
+
+
+def _name_since(entry: Document, seen: dict[tuple[str, int], int]) -> str:
+    step_id, attempt = _attempt_of(entry)
+    return f"{step_id}:{attempt}:{seen.get((step_id, attempt), 0)}"
+
+
 def _describe_news(entry: Document, seen: dict[tuple[str, int], int]) -> Iterator[str]:
     """Yield what an attempt has printed beyond what was `seen` of it, and remember that."""
-    attempt = (entry["step_id"], entry["attempt"])
+    attempt = _attempt_of(entry)
     size_bytes, text = entry["size_bytes"] or 0, (entry["text"] or "").encode()
     if attempt not in seen:
         yield f"==> {entry['kind']} {entry['step_id']}, attempt {entry['attempt']}\n"

@@ -6,7 +6,7 @@ Called by `service.api` (REST bodies), `service.cli` (arguments) and `service.le
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -40,6 +40,9 @@ from service.web_addresses import normalise_folder_url
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}")
 _CONFIG = ConfigDict(frozen=True, extra="forbid")
+#: Text without control characters: databases refuse some of them, and terminals obey others.
+PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_UNSTORABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: Kinds of sources.
 _KINDS = ("folder", "hub", "https", "s3", "upload")
 
@@ -49,7 +52,7 @@ class FolderSource(BaseModel):
 
     model_config = _CONFIG
     kind: Literal["folder"] = "folder"
-    path: str = Field(min_length=1, max_length=4096, description="Absolute path of the folder.")
+    path: str = Field(min_length=1, max_length=4096, pattern=PLAIN, description="Absolute path of the folder.")
 
     @field_validator("path")
     @classmethod
@@ -164,7 +167,9 @@ class UploadSource(BaseModel):
     files: dict[str, UploadDigest] = Field(
         min_length=1, max_length=MAX_NEEDED_FILES, description="Name in the checkpoint -> SHA-256 of the upload."
     )
-    name: str | None = Field(default=None, min_length=1, max_length=100, description="What artifacts are called by.")
+    name: str | None = Field(
+        default=None, min_length=1, max_length=100, pattern=PLAIN, description="What artifacts are called by."
+    )
 
     @field_validator("files")
     @classmethod
@@ -186,6 +191,24 @@ def _require_needed(names: Iterable[str]) -> tuple[str, ...]:
                 "such as model-00001-of-00002.safetensors"
             )
     return tuple(sorted(set(names)))
+
+
+def _refuse_unstorable(value: Any) -> None:
+    if any(_UNSTORABLE.search(text) for text in _find_texts(value)):
+        raise ValueError("a text holds control characters, or half of a surrogate pair; leave them out")
+
+
+def _find_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON document, names among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield name
+            yield from _find_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _find_texts(item)
 
 
 def _make_label(text: str) -> str:
@@ -261,6 +284,7 @@ class JobRequest(BaseModel):
     @field_validator("devices")
     @classmethod
     def _devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _refuse_unstorable(value)
         for text in value:
             if text != HOST:
                 parse_selector(text)
@@ -282,6 +306,7 @@ class JobRequest(BaseModel):
     @field_validator("own_recipes")
     @classmethod
     def _own_recipes(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_unstorable(value)
         return {name: parse_own_recipe(name, entries) for name, entries in value.items()}
 
     @field_validator("prefill_lengths")

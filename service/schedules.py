@@ -20,7 +20,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.errors import InvalidRequest, UnknownName
-from service.requests import JobRequest
+from service.requests import PLAIN, JobRequest
 
 _CRON_FIELDS = 5
 #: Expressions are tried out from here: what never comes within fifty years of any day never comes.
@@ -36,7 +36,7 @@ class ScheduleRequest(BaseModel):
     name: str = Field(
         min_length=1,
         max_length=100,
-        pattern=r"^[^\x00-\x1f\x7f]+$",
+        pattern=PLAIN,
         description="What you call it; no two of a tenant's are the same.",
     )
     cron: str | None = Field(

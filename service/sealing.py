@@ -45,12 +45,15 @@ class Seal:
             raise _cannot_open()
         return str(secret)
 
-    def renew(self, sealed: str) -> str:
-        """Return what was sealed with any of the keys, sealed with the first; raises `InvalidSettings`."""
+    def renew(self, sealed: str) -> str | None:
+        """Return what was sealed with any of the keys, sealed with the first; None for what none of them opens.
+
+        Raises `InvalidSettings` without a key.
+        """
         try:
             return self._keys().rotate(sealed.encode()).decode()
         except InvalidToken:
-            raise _cannot_open() from None
+            return None
 
     def _keys(self) -> MultiFernet:
         if self._fernet is None:

@@ -71,6 +71,11 @@ class LargeFile:
     size_bytes: int
 
 
+def name_upload(path: Path) -> str:
+    """Return what a file is called on the server: its name, without characters that cannot be shown."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in path.name[:_MAX_NAME])
+
+
 def send_file(send: Send, file: LargeFile, patience_s: float, on_bytes: OnBytes | None = None) -> dict[str, Any]:
     """Upload a file and return its upload, as `POST /v1/uploads` does.
 
@@ -131,7 +136,7 @@ class _Sender:
         for document in self._send("GET", _PATH, {}).json()["uploads"]:
             if (document["sha256"], document["size_bytes"]) == (self._file.sha256, self._file.size_bytes):
                 return dict(document)
-        metadata = {"filename": self._file.path.name[:_MAX_NAME], "sha256": self._file.sha256}
+        metadata = {"filename": name_upload(self._file.path), "sha256": self._file.sha256}
         pairs = (f"{name} {base64.b64encode(value.encode()).decode()}" for name, value in metadata.items())
         headers = {**_TUS, "Upload-Length": str(self._file.size_bytes), "Upload-Metadata": ",".join(pairs)}
         location = self._send("POST", _PATH, headers).headers["Location"]

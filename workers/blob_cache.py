@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from service.errors import BlobCorrupt, BlobMissing, DiskFull, StoreUnavailable
@@ -66,18 +66,19 @@ class BlobCache:
         key = blob_key(digest)
         try:
             copies.get_file(key, path, digest, is_read_only=is_read_only)
-            os.utime(self._cache_dir / key)
         except BlobMissing:
             return False
-        except FileNotFoundError:
-            pass  # trimmed meanwhile, but the step has it
         except BlobCorrupt as error:
             log.warning("a copy on this host is damaged and is fetched again: %s", error)
-            copies.delete(key)
+            with suppress(StoreUnavailable):
+                copies.delete(key)
             return False
-        except StoreUnavailable as error:
-            log.warning("the cache cannot be read: %s", error)
+        except (DiskFull, StoreUnavailable) as error:
+            # On a full disk the fetch makes room for itself.
+            log.warning("the cache cannot give a copy: %s", error)
             return False
+        with suppress(OSError):  # trimmed meanwhile, but the step has it
+            os.utime(self._cache_dir / key)
         return True
 
     def _fetch(self, digest: str, path: Path) -> None:
@@ -111,10 +112,18 @@ class BlobCache:
 
     @contextmanager
     def _lock(self, digest: str, check: Callable[[], object]) -> Iterator[None]:
-        """Hold the folder of the blobs whose digests begin alike; the kernel drops the lock with the process."""
+        """Hold the folder of the blobs whose digests begin alike; the kernel drops the lock with the process.
+
+        Where there is no room even for a folder, two may fetch the same.
+        """
         folder = (self._cache_dir / blob_key(digest)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            log.warning("the cache cannot be used: %s", error)
+            yield
+            return
         try:
             while not _try_lock(descriptor):
                 check()

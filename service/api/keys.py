@@ -16,6 +16,7 @@ from service.api.schemas import KeyList, NewKeyDocument, answers, problem_respon
 from service.errors import ScopeRequired
 from service.ledger import access
 from service.ledger.access import DEFAULT_SCOPES, Scope
+from service.requests import PLAIN
 
 router = APIRouter(prefix="/v1", tags=["keys"])
 
@@ -30,7 +31,7 @@ class KeyRequest(BaseModel):
     """What a new key shall be."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str = Field(min_length=1, max_length=200, description="What the key is for.")
+    name: str = Field(min_length=1, max_length=200, pattern=PLAIN, description="What the key is for.")
     scopes: list[Scope] = Field(default=list(DEFAULT_SCOPES), min_length=1, description="What its holder may do.")
     expires_days: _Days | None = Field(default=None, description="Valid for so long; for ever when absent.")
 

@@ -6,6 +6,7 @@ Owns the one translation from exceptions to HTTP answers. Every other module of 
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Mapping
@@ -76,7 +77,15 @@ def make_problem_response(
     if isinstance(error, PayloadTooLarge):
         # The rest of the body is not read.
         all_headers["Connection"] = "close"
-    return JSONResponse(document, status_code=document["status"], headers=all_headers, media_type=MEDIA_TYPE)
+    return _Answer(document, status_code=document["status"], headers=all_headers, media_type=MEDIA_TYPE)
+
+
+class _Answer(JSONResponse):
+    """JSON that may repeat what a request held, half a surrogate pair among it, which no encoding takes."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def install_handlers(app: FastAPI) -> None:

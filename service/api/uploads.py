@@ -19,7 +19,7 @@ from service.checkpoint_files import SourceFile, choose_needed
 from service.errors import InvalidRequest
 from service.ledger import quotas, uploads
 from service.ledger.blobs import OutputFile, Reprieves
-from service.requests import JobRequest, UploadSource
+from service.requests import PLAIN, JobRequest, UploadSource
 from service.storage import blob_key
 from service.user_files import check_upload, require_size
 
@@ -48,7 +48,9 @@ async def store_upload(
     request: Request,
     context: ContextOf,
     tenant_id: WriteTenant,
-    name: Annotated[str | None, Query(max_length=200, description="What you call the file; for people.")] = None,
+    name: Annotated[
+        str | None, Query(max_length=200, pattern=PLAIN, description="What you call it; for people.")
+    ] = None,
 ) -> Response:
     """Store the request's body as it is: calibration text, prompts, an evaluation, a text for perplexity."""
     if request.headers.get("content-type", "").lower().startswith("multipart/"):

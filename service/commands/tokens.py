@@ -80,14 +80,24 @@ def make_key() -> None:
 
 @tokens.command("reseal")
 def reseal_tokens(data_dir: options.DataDir = None, as_json: options.AsJson = False) -> None:
-    """Seal every stored token with the first of EDGEKILN_TOKEN_KEYS; the others are not needed any more then."""
+    """Seal every stored token with the first of EDGEKILN_TOKEN_KEYS; the others are not needed any more then.
+
+    A token that none of the keys opens is named and left as it is, and the command ends with 1.
+    """
     from service.ledger import tokens as ledger_tokens
     from service.sealing import Seal
 
     seal = Seal(options.read_settings(data_dir=data_dir).token_keys)
     with open_ledger(data_dir) as ledger:
-        count = ledger_tokens.reseal_tokens(ledger, seal)
+        count, lost = ledger_tokens.reseal_tokens(ledger, seal)
     if as_json:
-        print_json({"resealed": count})
-        return
-    say(f"{count} token{'' if count == 1 else 's'} sealed with the first key.")
+        print_json({"resealed": count, "lost": lost})
+    else:
+        say(f"{count} token{'' if count == 1 else 's'} sealed with the first key.")
+    for each in lost:
+        say(
+            f"The token of the tenant {each['tenant']} for sources of the kind {each['kind']} opens with none of the "
+            "keys. Add the key that it was sealed with, or let the tenant set the token again."
+        )
+    if lost:
+        raise typer.Exit(1)

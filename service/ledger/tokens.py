@@ -68,11 +68,23 @@ def find_token(database: Database, seal: Seal, tenant_id: str, kind: str) -> str
 
 
 @writes
-def reseal_tokens(tx: Transaction, seal: Seal) -> int:
-    """Seal every token with the first key, so that older keys can go; return how many there are."""
-    rows = tx.connection.execute(select(SourceToken.tenant_id, SourceToken.kind, SourceToken.sealed)).all()
+def reseal_tokens(tx: Transaction, seal: Seal) -> tuple[int, list[dict[str, str]]]:
+    """Seal every token with the first key, so that older keys can go.
+
+    Returns how many were, and tenant and kind of those that none of the keys opens: they stay as they are.
+    """
+    rows = tx.connection.execute(
+        select(SourceToken.tenant_id, SourceToken.kind, SourceToken.sealed).order_by(
+            SourceToken.tenant_id, SourceToken.kind
+        )
+    ).all()
+    lost = []
     for row in rows:
+        sealed = seal.renew(row.sealed)
+        if sealed is None:
+            lost.append({"tenant": row.tenant_id, "kind": row.kind})
+            continue
         # One that was set anew meanwhile is sealed with the first key already.
         is_it = SourceToken.tenant_id == row.tenant_id, SourceToken.kind == row.kind, SourceToken.sealed == row.sealed
-        tx.connection.execute(update(SourceToken).where(*is_it).values(sealed=seal.renew(row.sealed)))
-    return len(rows)
+        tx.connection.execute(update(SourceToken).where(*is_it).values(sealed=sealed))
+    return len(rows) - len(lost), lost

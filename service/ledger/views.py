@@ -19,7 +19,7 @@ from service.ledger.base import Base
 from service.ledger.clock import Instant
 from service.ledger.database import reads
 from service.ledger.states import FINAL_JOB_STATES, JobState
-from service.ledger.tables import Attempt, Event, Job, JobStep, Publication, Step, Variant, VariantStep
+from service.ledger.tables import Attempt, Blob, Event, Job, JobStep, Publication, Step, Variant, VariantStep
 
 
 def _iso(instant: dt.datetime | None) -> str | None:
@@ -269,6 +269,7 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
             Attempt.state,
             Attempt.error,
             Attempt.log_digest,
+            Blob.size_bytes.label("log_bytes"),
             Attempt.live_log,
             Attempt.live_log_bytes,
             Attempt.started_at,
@@ -276,6 +277,7 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
         )
         .join(Attempt, Attempt.step_id == Step.id)
         .join(JobStep, JobStep.step_id == Step.id)
+        .outerjoin(Blob, Blob.digest == Attempt.log_digest)
         .where(JobStep.job_id == job_id)
         .order_by(JobStep.position, Attempt.token)
     )
@@ -289,6 +291,7 @@ def list_logs(connection: Connection, tenant_id: str, job_id: str, kind: str | N
             "state": row.state,
             "error": row.error,
             "log_digest": row.log_digest,
+            "log_bytes": row.log_bytes,
             "live_log": row.live_log,
             "live_log_bytes": row.live_log_bytes,
             "started_at": _iso(row.started_at),

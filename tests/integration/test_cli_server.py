@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from service.cli import app
@@ -104,6 +105,44 @@ def test_logs_are_followed_to_the_end_of_the_job(run: Run, world: World, url: st
     assert followed.exit_code == 0
     assert "publish worked" in followed.stdout
     assert run("logs", job_id, "--follow", "--json").exit_code == 2
+
+
+def test_logs_that_are_followed_are_read_once(world: World, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.client._FOLLOW_S", 0.01)
+    play, read, opened = world.play(), world.store.open, []
+    monkeypatch.setattr(world.store, "open", lambda key, **options: (opened.append(key), read(key, **options))[1])
+    with Client(url) as kiln:
+        job_id = kiln.submit(source=world.source, recipes=["none"], formats=["tflite"])["id"]
+        claim = play.claim_kind("convert")
+        pieces = kiln.follow_logs(job_id)
+        printed = ""
+        for number in range(5):
+            line = f"line {number}\n"
+            printed += line
+            claims.report_log(world.database, claim, printed, len(printed))
+            assert line in pieces
+        play.finish(claim)
+        play.run_all()
+        assert "publish worked\n" in "".join(pieces)
+    assert opened
+    assert len(opened) == len(set(opened))
+
+
+@pytest.mark.parametrize(
+    ("since", "status"), [("stp_0:1", 422), ("stp_0:1:-1", 422), (f"stp_0:1:{10**30}", 422), ("stp_0:1:5", 200)]
+)
+def test_where_a_log_goes_on_is_named_by_step_attempt_and_bytes(
+    world: World, http: TestClient, since: str, status: int
+) -> None:
+    job_id = http.post("/v1/jobs", json={"source": world.source}).json()["id"]
+    world.play().run_all()
+    answer = http.get(f"/v1/jobs/{job_id}/logs", params={"since": since})
+    assert answer.status_code == status
+    (last, *_) = http.get(f"/v1/jobs/{job_id}/logs").json()["logs"]
+    size_bytes = last["size_bytes"]
+    name = f"{last['step_id']}:{last['attempt']}:{size_bytes - 5}"
+    (entry,) = http.get(f"/v1/jobs/{job_id}/logs", params={"since": name}).json()["logs"]
+    assert (entry["text"], entry["size_bytes"], entry["truncated"]) == (last["text"][-5:], size_bytes, False)
 
 
 @pytest.mark.parametrize("command", ["logs", "download"], ids=["much", "little"])

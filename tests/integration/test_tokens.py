@@ -67,10 +67,21 @@ def test_keys_are_changed_without_losing_tokens(tenants: Database) -> None:
     assert tokens.find_token(tenants, Seal([new, old]), "team", "hub") == TOKEN
     with pytest.raises(InvalidSettings, match="EDGEKILN_TOKEN_KEYS"):
         tokens.find_token(tenants, Seal([new]), "team", "hub")
-    assert tokens.reseal_tokens(tenants, Seal([new, old])) == 1
+    assert tokens.reseal_tokens(tenants, Seal([new, old])) == (1, [])
     assert tokens.find_token(tenants, Seal([new]), "team", "hub") == TOKEN
     with pytest.raises(InvalidSettings):
         tokens.find_token(tenants, Seal([old]), "team", "hub")
+
+
+def test_a_token_whose_key_is_lost_keeps_no_other_from_the_new_one(tenants: Database) -> None:
+    gone, old, new = (make_sealing_key() for _ in range(3))
+    for tenant, key in (("default", old), ("other", gone), ("team", old)):
+        tokens.set_token(tenants, Seal([key]), tenant, "hub", TOKEN)
+    assert tokens.reseal_tokens(tenants, Seal([new, old])) == (2, [{"tenant": "other", "kind": "hub"}])
+    assert tokens.find_token(tenants, Seal([new]), "team", "hub") == TOKEN
+    assert tokens.find_token(tenants, Seal([gone]), "other", "hub") == TOKEN, "it stays as it was"
+    with pytest.raises(InvalidSettings):
+        tokens.reseal_tokens(tenants, Seal([]))
 
 
 def test_without_a_key_nothing_is_stored(tenants: Database) -> None:
@@ -190,7 +201,11 @@ def test_the_command_reads_the_token_from_standard_input(
         new = runner.invoke(app, ["tokens", "key"]).stdout.strip()
         monkeypatch.setenv("EDGEKILN_TOKEN_KEYS", f"{new}:{key}")
         resealed = runner.invoke(app, ["tokens", "reseal", "--data-dir", str(world.settings.data_dir), "--json"])
-        assert json.loads(resealed.stdout) == {"resealed": 1}
+        assert json.loads(resealed.stdout) == {"resealed": 1, "lost": []}
         assert tokens.find_token(world.database, Seal([new]), "default", "hub") == TOKEN
+        monkeypatch.setenv("EDGEKILN_TOKEN_KEYS", key)
+        lost = runner.invoke(app, ["tokens", "reseal", "--data-dir", str(world.settings.data_dir), "--json"])
+        assert (lost.exit_code, json.loads(lost.stdout)["lost"]) == (1, [{"tenant": "default", "kind": "hub"}])
+        assert "tenant default" in lost.stderr
         assert runner.invoke(app, ["tokens", "remove"]).exit_code == 0
         assert runner.invoke(app, ["tokens", "set"], input="\n").exit_code == 2

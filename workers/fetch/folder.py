@@ -2,11 +2,13 @@
 
 Owns how a folder is pinned (by the bytes of its needed files) and copied. It reads regular files only, never
 through a link that leaves the folder, and never writes to the source. Which folders a request may name is the
-service's decision, not this module's. Called through `workers.fetch.sources.open_source`.
+service's decision, not this module's; so that it holds, no part of the path may be a link by now. Called through
+`workers.fetch.sources.open_source`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -82,6 +84,8 @@ class FolderSource:
             raise SourceNotFound(
                 f"{self._path} is a file, not a folder; name the folder that holds it.", path=self._path
             )
+        if root != Path(self._path):
+            raise _report_link(self._path)
         return root
 
     def _list_needed(self, root: Path) -> list[SourceFile]:
@@ -121,12 +125,47 @@ def _find_inside(root: Path, name: str) -> Path:
 def _open_regular(root: Path, name: str) -> Iterator[io.FileIO]:
     """Open a needed file for reading, refusing links and devices that appeared since the folder was listed."""
     real = _find_inside(root, name)
-    # O_NONBLOCK so that a pipe put in the file's place cannot hang the step before fstat sees it.
-    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with _open_folder(real.parent) as folder:
+        # O_NONBLOCK so that a pipe put in the file's place cannot hang the step before fstat sees it.
+        descriptor = _open_below(folder, real, real.name, os.O_RDONLY | os.O_NONBLOCK)
     with io.FileIO(descriptor) as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise CheckpointUnsafe(f"{name} in {root} is not a regular file.", file=name)
         yield stream
+
+
+@contextmanager
+def _open_folder(path: Path) -> Iterator[int]:
+    """Open a folder part by part, so that none of them is a link, whoever puts one there meanwhile."""
+    descriptor = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in path.parts[1:]:
+            deeper = _open_below(descriptor, path, part, os.O_PATH | os.O_DIRECTORY)
+            os.close(descriptor)
+            descriptor = deeper
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open_below(folder: int, path: Path, part: str, flags: int) -> int:
+    """Open one `part` of `path` in a folder; raises `SourceChanged` if it is a link."""
+    try:
+        return os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        # A link is no folder either.
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _report_link(str(path)) from None
+        error.filename = str(path)
+        raise
+
+
+def _report_link(path: str) -> SourceChanged:
+    return SourceChanged(
+        f"{path} leads through a link, and did not when the job was submitted; submit it again, or name the folder "
+        "itself.",
+        path=path,
+    )
 
 
 def _hash_into(root: Path, file: SourceFile, target: Path | None, count: ByteProgress) -> FetchedFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +165,41 @@ def test_a_full_disk_takes_from_the_cache_first(use: Use, store: FarStore, tmp_p
     store.before = refuse_while_something_is_kept
     assert use()[0].read_bytes() == DATA
     store.delete(blob_key(other))
+
+
+def test_a_copy_that_finds_no_room_makes_some(
+    use: Use, store: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is in the cache, and the step's own file of it fills the disk."""
+    use()
+    give = FolderStore.get_file
+    refused: list[str] = []
+
+    def refuse_while_something_is_kept(self: FolderStore, key: str, *rest: Any, **options: Any) -> int:
+        if any((tmp_path / "cache").glob("blobs/*/*")):
+            refused.append(key)
+            raise DiskFull("full")
+        return give(self, key, *rest, **options)
+
+    monkeypatch.setattr(FolderStore, "get_file", refuse_while_something_is_kept)
+    path, was_cached = use(is_read_only=False)
+    assert (path.read_bytes(), was_cached) == (DATA, False)
+    assert len(refused) == 3, "by the cache, by the cache once more under its lock, and by the store"
+
+
+def test_a_disk_without_room_for_a_folder_costs_the_cache_and_nothing_else(
+    use: Use, store: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *rest: Any, **options: Any) -> None:
+        if path.is_relative_to(tmp_path / "cache" / "blobs"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert [use()[0].read_bytes() for _ in range(2)] == [DATA] * 2
+    assert store.fetched == [DIGEST] * 2
 
 
 def test_a_disk_that_is_full_without_the_cache_is_full(use: Use, store: FarStore) -> None:

@@ -20,6 +20,7 @@ from service.errors import (
 )
 from tests.unit.workers.fetch.tiny_checkpoint import ignore_progress, write_tiny
 from workers.fetch import fetch, resolve
+from workers.fetch import folder as folder_source
 
 
 def pin(path: Path | str) -> dict[str, Any]:
@@ -123,15 +124,50 @@ def test_a_link_put_there_after_the_pin_is_refused(folder: Path, tmp_path: Path)
         bring(source, tmp_path / "out")
 
 
-def test_a_link_inside_the_folder_and_a_linked_folder_are_followed(folder: Path, tmp_path: Path) -> None:
+def test_a_link_inside_the_folder_is_followed(folder: Path, tmp_path: Path) -> None:
     plain = pin(folder)["source"]["revision"]
     (folder / "config.json").rename(folder / "real.json")
     (folder / "config.json").symlink_to("real.json")
-    (tmp_path / "link").symlink_to(folder)
-    source = pin(tmp_path / "link")["source"]
+    source = pin(folder)["source"]
     assert source["revision"] == plain
     bring(source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_folder_that_became_a_link_is_not_followed(folder: Path, tmp_path: Path, depth: int) -> None:
+    """The service admitted what the path led to when the job came; its owner may not lead it elsewhere."""
+    source = pin(folder)["source"]
+    replaced = [folder, *folder.parents][depth]
+    secret = tmp_path.with_name(f"{tmp_path.name}-secret")
+    replaced.rename(secret)
+    replaced.symlink_to(secret)
+    with pytest.raises(SourceChanged, match="through a link"):
+        pin(folder)
+    with pytest.raises(SourceChanged, match="through a link"):
+        bring(source, secret / "out")
+    replaced.unlink()
+    secret.rename(replaced)
+    bring(source, tmp_path / "out")
+
+
+def test_a_folder_that_becomes_a_link_while_it_is_read_is_not_followed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pin(folder)["source"]
+    open_regular = folder_source._open_folder
+
+    def swap(path: Path) -> Any:
+        # After all was judged, before the first file is opened.
+        if not path.is_symlink():
+            path.rename(tmp_path / "secret")
+            path.symlink_to(tmp_path / "secret")
+        return open_regular(path)
+
+    monkeypatch.setattr(folder_source, "_open_folder", swap)
+    with pytest.raises(SourceChanged, match="through a link"):
+        bring(source, tmp_path / "out")
+    assert folder.is_symlink(), "control: it was swapped"
 
 
 def test_a_link_to_nothing_is_named(folder: Path) -> None:
@@ -147,8 +183,12 @@ def test_a_pipe_does_not_hang_the_step(folder: Path) -> None:
 
 
 def test_an_unreadable_file_is_forbidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *rest: Any) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    open_really = os.open
+
+    def refuse(path: str, *rest: Any, **options: Any) -> int:
+        if path == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_really(path, *rest, **options)
 
     # Permissions do not bind the superuser, whom tests may run as.
     monkeypatch.setattr("workers.fetch.folder.os.open", refuse)
