@@ -45,9 +45,10 @@ STORE_JOBS ?= 100
 SOAK_MIN ?= 10
 OBJECT_BYTES ?= 5368709121
 STORM_MIN ?= 0
+S3 ?= swift
 CHAOS := CHAOS_SEED=$(SEED) CHAOS_JOBS=$(JOBS) CHAOS_RACES=$(RACES) CHAOS_EXAMPLES=$(EXAMPLES) \
 	CHAOS_STORE_JOBS=$(STORE_JOBS) CHAOS_SOAK_MIN=$(SOAK_MIN) CHAOS_STORM_MIN=$(STORM_MIN) \
-	CHAOS_OBJECT_BYTES=$(OBJECT_BYTES)
+	CHAOS_OBJECT_BYTES=$(OBJECT_BYTES) CHAOS_S3=$(S3)
 
 chaos: install ## Prove by faults, the long form: SEED, JOBS, ... (see docs/reliability.md; hours)
 	$(CHAOS) $(BIN)/python -m pytest -v --hypothesis-seed=$(SEED) tests/chaos/test_*.py tests/chaos/soak.py

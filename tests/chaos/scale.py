@@ -9,6 +9,8 @@ import os
 
 #: Chooses who is hit, how and when; the same seed plays the same faults.
 SEED = int(os.environ.get("CHAOS_SEED", "4"))
+#: The S3 server of the storm, the store's faults and the soak; see `tests.services.s3_server`.
+S3_SERVER = os.environ.get("CHAOS_S3", "swift")
 #: Jobs of eight steps that a storm must bring to their end.
 JOBS = int(os.environ.get("CHAOS_JOBS", "10"))
 #: Minutes after which a storm gets no more jobs and must only end those it has; 0: it gets all.

@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests import services
+from tests.chaos import scale
 from tests.kiln import find_children, is_alive, wait_for
 from tests.services import find_postgres, free_port, give_up
 
@@ -162,7 +163,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     """Yield how to reach an S3 server with an empty bucket; nobody kills it."""
     with (
         tempfile.TemporaryDirectory(prefix="edgekiln-s3-") as folder,
-        services.s3_server(Path(folder, "s3")) as address,
+        services.s3_server(Path(folder, "s3"), scale.S3_SERVER) as address,
     ):
         services.make_bucket(address, BUCKET)
         yield address

@@ -51,10 +51,20 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
+def swift_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
     with s3_server(tmp_path_factory.mktemp("swift") / "server") as address:
-        make_bucket(address, BUCKET)
-        yield S3Options(**address, addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
+        yield reach(address)
+
+
+@pytest.fixture(scope="session")
+def rclone_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
+    with s3_server(tmp_path_factory.mktemp("rclone") / "server", "rclone") as address:
+        yield reach(address)
+
+
+def reach(address: dict[str, str]) -> S3Options:
+    make_bucket(address, BUCKET)
+    return S3Options(**address, addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
 
 
 @functools.cache
@@ -83,7 +93,7 @@ def named_options() -> S3Options:
     return S3Options(**address, addressing="path", part_size_bytes=PART_BYTES, list_page_size=3)
 
 
-@pytest.fixture(params=["folder", "s3", "s3-md5", *(["named", "named-md5"] if NAMED_URL else [])])
+@pytest.fixture(params=["folder", "swift", "swift-md5", "rclone", *(["named", "named-md5"] if NAMED_URL else [])])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     if request.param == "folder":
         return make_folder_bench(tmp_path / "store")
@@ -462,8 +472,8 @@ def test_absent_server_is_unavailable() -> None:
         open_store("s3://bucket", make_options(port)).check()
 
 
-def test_wrong_credentials_name_themselves(s3_options: S3Options) -> None:
-    options = dataclasses.replace(s3_options, secret_access_key="wrong")
+def test_wrong_credentials_name_themselves(swift_options: S3Options) -> None:
+    options = dataclasses.replace(swift_options, secret_access_key="wrong")
     with pytest.raises(StoreUnavailable, match="credentials"):
         open_store(f"s3://{BUCKET}", options).check()
 
@@ -471,8 +481,8 @@ def test_wrong_credentials_name_themselves(s3_options: S3Options) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"ChecksumSHA256": f"{'A' * 43}="}, {"ContentMD5": f"{'A' * 22}=="}], ids=["sha256", "md5"]
 )
-def test_server_refuses_a_bad_checksum(s3_options: S3Options, wrong: dict[str, str]) -> None:
+def test_server_refuses_a_bad_checksum(swift_options: S3Options, wrong: dict[str, str]) -> None:
     """A control of the server itself: one that took anything would prove nothing about part checksums."""
-    client = make_client(s3_options)
+    client = make_client(swift_options)
     with pytest.raises(client.exceptions.ClientError, match=r"(?i)checksum|digest"):
         client.put_object(Bucket=BUCKET, Key="bad", Body=b"x", **wrong)
