@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 
 from service.commands import (
     backup,
+    benchmarks,
     catalogue,
     choice,
     convert,
@@ -146,6 +147,7 @@ app.command(epilog=jobs.DELETE_EPILOG)(jobs.delete)
 app.command(epilog=jobs.LOGS_EPILOG)(jobs.logs)
 app.command(epilog=choice.COMPARE_EPILOG)(choice.compare)
 app.command(epilog=choice.PICK_EPILOG)(choice.pick)
+app.command(epilog=benchmarks.BENCHMARK_EPILOG)(benchmarks.benchmark)
 app.command(epilog=jobs.DOWNLOAD_EPILOG)(jobs.download)
 app.command(epilog=uploads.UPLOAD_EPILOG)(uploads.upload)
 app.command(epilog=catalogue.RECIPES_EPILOG)(catalogue.recipes)

@@ -443,6 +443,23 @@ class Client:
         found: Documents = self._call("POST", "/v1/tools", json=document)["tools"]
         return found
 
+    def benchmark(
+        self,
+        artifact_id: str,
+        devices: Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **how: Any,
+    ) -> Document:
+        """Measure a published artifact on devices (`host`, `any`, `all`, or conditions) and return the job that does.
+
+        `how`: `backends`, `threads`, `smoke_prompts`, `profile`, `priority`, as in a job's request. What is found is
+        among the artifact's `measurements`. With `idempotency_key` a repeated call returns the first job.
+        """
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        path = f"/v1/artifacts/{_segment(artifact_id)}/benchmarks"
+        return self._call("POST", path, json={"devices": [*devices], **how}, headers=headers)
+
     def measurements(self, artifact_id: str) -> Documents:
         """Return what was measured of an artifact, each with the `url` of its whole document."""
         path = f"/v1/artifacts/{_segment(artifact_id)}/measurements"

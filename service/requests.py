@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -231,38 +232,74 @@ class Calibration(BaseModel):
     upload: UploadDigest
 
 
+def _require_devices(value: tuple[str, ...]) -> tuple[str, ...]:
+    _refuse_unstorable(value)
+    for text in value:
+        if text != HOST:
+            parse_selector(text)
+    return tuple(dict.fromkeys(value))
+
+
+def _once(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(value))
+
+
+Devices = Annotated[
+    tuple[str, ...],
+    AfterValidator(_require_devices),
+    Field(
+        max_length=32, description="Where to benchmark: `host`, `any`, `all`, or conditions on a phone (`soc=SM8650`)."
+    ),
+]
+Backends = Annotated[
+    tuple[Literal["cpu", "gpu", "npu"], ...],
+    AfterValidator(_once),
+    Field(min_length=1, description="What phones compute on, each in turn."),
+]
+Threads = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=64)], ...],
+    AfterValidator(_once),
+    Field(max_length=8, description="CPU threads on phones, each in turn; the phone's fast cores when empty."),
+]
+SmokePrompts = Annotated[
+    int,
+    Field(
+        ge=0, le=4, description="Fixed prompts that a bundle answers on a phone, compared with its answers on the host."
+    ),
+]
+Profile = Annotated[bool, Field(description="On phones, a run apart that tells what each node of a graph takes.")]
+Priority = Annotated[int, Field(ge=-100, le=100, description="Of your own jobs, the higher runs first.")]
+
+
+class BenchmarkRequest(BaseModel):
+    """Where and how a published artifact is to be measured."""
+
+    model_config = _CONFIG
+    devices: Annotated[Devices, Field(min_length=1)]
+    backends: Backends = ("cpu",)
+    threads: Threads = ()
+    smoke_prompts: SmokePrompts = 3
+    profile: Profile = False
+    priority: Priority = 0
+
+
 class JobRequest(BaseModel):
     """One conversion request: a source, a matrix of variants, gates, devices."""
 
     model_config = _CONFIG
     source: Source
     engines: tuple[str, ...] = Field(default=("auto",), min_length=1)
-    recipes: tuple[str, ...] = Field(default=("dynamic_int8",), min_length=1)
+    recipes: Annotated[tuple[str, ...], AfterValidator(_once)] = Field(default=("dynamic_int8",), min_length=1)
     formats: tuple[str, ...] = Field(default=("litertlm",), min_length=1)
     prefill_lengths: tuple[int, ...] | None = Field(
         default=None, description="Prefill signatures in tokens; chosen from the context when absent."
     )
     context_length: int | None = Field(default=None, ge=2, le=1_048_576, description="KV cache length in tokens.")
-    devices: tuple[str, ...] = Field(
-        default=(),
-        max_length=32,
-        description="Where to benchmark: `host`, `any`, `all`, or conditions on a phone (`soc=SM8650`).",
-    )
-    backends: tuple[Literal["cpu", "gpu", "npu"], ...] = Field(
-        default=("cpu",), min_length=1, description="What phones compute on, each in turn."
-    )
-    threads: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
-        default=(), max_length=8, description="CPU threads on phones, each in turn; the phone's fast cores when empty."
-    )
-    smoke_prompts: int = Field(
-        default=3,
-        ge=0,
-        le=4,
-        description="Fixed prompts that a bundle answers on a phone, compared with its answers on the host.",
-    )
-    profile: bool = Field(
-        default=False, description="On phones, a run apart that tells what each node of a graph takes."
-    )
+    devices: Devices = ()
+    backends: Backends = ("cpu",)
+    threads: Threads = ()
+    smoke_prompts: SmokePrompts = 3
+    profile: Profile = False
     calibration: Calibration | None = Field(default=None, description="A small text of ours when absent.")
     evaluation: UploadDigest | None = Field(
         default=None, description='JSON lines `{"prompt", "answer"}` in place of the checkpoint\'s `evaluation.jsonl`.'
@@ -279,16 +316,7 @@ class JobRequest(BaseModel):
     ignore_custom_code: bool = Field(
         default=False, description="Convert with the built-in class although the checkpoint names code of its own."
     )
-    priority: int = Field(default=0, ge=-100, le=100, description="Of your own jobs, the higher runs first.")
-
-    @field_validator("devices")
-    @classmethod
-    def _devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _refuse_unstorable(value)
-        for text in value:
-            if text != HOST:
-                parse_selector(text)
-        return tuple(dict.fromkeys(value))
+    priority: Priority = 0
 
     @field_validator("engines", "formats")
     @classmethod
@@ -296,11 +324,6 @@ class JobRequest(BaseModel):
         known = {"engines": ENGINES, "formats": FORMATS}[info.field_name]
         for name in value:
             require_known(info.field_name[:-1], name, known)
-        return tuple(dict.fromkeys(value))
-
-    @field_validator("recipes", "backends", "threads")
-    @classmethod
-    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
 
     @field_validator("own_recipes")
@@ -382,10 +405,35 @@ class JobRequest(BaseModel):
         return self.model_dump(mode="json")
 
 
+class MeasuringRequest(JobRequest):
+    """What a job holds that measures a published artifact: the request that made it, as far as it is about that one.
+
+    Only the ledger makes one, of a `BenchmarkRequest`.
+    """
+
+    #: The artifact's id.
+    artifact: str
+    #: Fresh processes a measurement, as the operator's protocol was when it was asked for.
+    processes: int
+
+
 def parse_request(document: Any) -> JobRequest:
     """Check a JSON document whole and return the request; raises `InvalidRequest` naming every bad field."""
     try:
         return JobRequest.model_validate(document)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
+
+
+def parse_stored_request(document: Mapping[str, Any]) -> JobRequest:
+    """Return the request that a job holds; raises `InvalidRequest` where this version knows it no more."""
+    return parse_measuring_request(document) if "artifact" in document else parse_request(document)
+
+
+def parse_measuring_request(document: Mapping[str, Any]) -> MeasuringRequest:
+    """Return the request of a job that measures an artifact; raises `InvalidRequest`."""
+    try:
+        return MeasuringRequest.model_validate(document)
     except ValidationError as error:
         raise invalid_request(error.errors()) from error
 

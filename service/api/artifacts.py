@@ -1,27 +1,35 @@
-"""Routes of artifacts: list, download with ranges, manifest."""
+"""Routes of artifacts: list, download with ranges, manifest, signature, measurements, benchmarks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Path, Request
+from fastapi import APIRouter, Body, Header, Path, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from service.api.context import ContextOf, ReadTenant
-from service.api.jobs import JobId
+from service import tracing
+from service.api.context import ContextOf, ReadTenant, WriteTenant
+from service.api.jobs import IdempotencyKey, JobId, answer_submission
 from service.api.ranges import matches, parse_range
-from service.api.schemas import ArtifactList, MeasurementList, answers, problem_responses
+from service.api.schemas import ArtifactList, JobDocument, MeasurementList, answers, problem_responses
 from service.errors import NotFound
-from service.ledger import measurements, views
+from service.ledger import benchmarks, measurements, views
+from service.requests import BenchmarkRequest
 from service.storage import blob_key, check_stream, read_object
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 
 ArtifactId = Annotated[str, Path(description="An artifact's id.", examples=["art_1f0c9a2b3c4d5e6f"], max_length=64)]
+_BENCHMARKS: dict[str, Any] = {
+    "phones": {
+        "summary": "On one phone of a kind, on its CPU and its GPU",
+        "value": {"devices": ["soc=SM8650"], "backends": ["cpu", "gpu"]},
+    }
+}
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
@@ -151,6 +159,40 @@ def list_measurements(context: ContextOf, tenant_id: ReadTenant, artifact_id: Ar
     """Return the measurements of an artifact on every device; they are made after its manifest, and stand beside it."""
     found = measurements.list_measurements(context.database, tenant_id, artifact_id)
     return JSONResponse({"measurements": found})
+
+
+@router.post(
+    "/artifacts/{artifact_id}/benchmarks",
+    status_code=201,
+    summary="Benchmark an artifact",
+    response_model=None,
+    responses={
+        **answers(JobDocument, "The job that measures it; `Location` names it.", 201),
+        **answers(JobDocument, "The same `Idempotency-Key` had made this job before.", 200),
+        **problem_responses(404, 409, 429),
+    },
+)
+def benchmark_artifact(
+    context: ContextOf,
+    tenant_id: WriteTenant,
+    artifact_id: ArtifactId,
+    asked: Annotated[BenchmarkRequest, Body(openapi_examples=_BENCHMARKS)],
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    """Measure a published artifact, again or elsewhere, by a job of its own.
+
+    What it finds stands beside the artifact (`/measurements`); manifest and first job stay as they are.
+    """
+    submission = benchmarks.submit_benchmark(
+        context.database,
+        tenant_id,
+        artifact_id,
+        asked,
+        processes=context.settings.benchmark_processes,
+        idempotency_key=idempotency_key,
+        traceparent=tracing.current_traceparent() if tracing.is_on() else None,
+    )
+    return answer_submission(context, tenant_id, submission)
 
 
 @router.get(

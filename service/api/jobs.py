@@ -8,16 +8,25 @@ from fastapi import APIRouter, Body, Header, Path, Query
 from fastapi.responses import JSONResponse, Response
 
 from service import gates, tracing
-from service.api.context import ContextOf, ReadTenant, WriteTenant
+from service.api.context import Context, ContextOf, ReadTenant, WriteTenant
 from service.api.schemas import Catalogue, JobDocument, JobList, answers, problem_responses
 from service.api.uploads import check_uploads
 from service.ledger import jobs, views
+from service.ledger.idempotency import Submission
 from service.recipes import DEVICES, ENGINES, FORMATS, describe_recipes
 from service.requests import JobRequest
 from service.sources import admit_source
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=200,
+        description="Any text of yours. A repeated submission with the same key and body returns the first job.",
+    ),
+]
 JobId = Annotated[str, Path(description="A job's id.", examples=["job_1f0c9a2b3c4d5e6f"], max_length=64)]
 _PAGE = 50
 _MAX_PAGE = 200
@@ -80,14 +89,7 @@ def submit_job(
     context: ContextOf,
     tenant_id: WriteTenant,
     request: Annotated[JobRequest, Body(openapi_examples=_EXAMPLES)],
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=200,
-            description="Any text of yours. A repeated submission with the same key and body returns the first job.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
     """Check the whole request, then store the job; it is there when the answer arrives, and work begins at once."""
     admitted = admit_source(request, context.settings)
@@ -100,6 +102,11 @@ def submit_job(
         idempotency_key=idempotency_key,
         traceparent=tracing.current_traceparent() if tracing.is_on() else None,
     )
+    return answer_submission(context, tenant_id, submission)
+
+
+def answer_submission(context: Context, tenant_id: str, submission: Submission) -> JSONResponse:
+    """Return the answer to a request that makes a job."""
     document = submission.document or views.read_job(context.database, tenant_id, submission.job_id)
     return JSONResponse(
         document,

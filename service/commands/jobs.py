@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -69,6 +69,9 @@ DOWNLOAD_EPILOG = """Example:
   edgekiln download job_1f0c9a2b3c4d5e6f -o out
 """
 
+IdempotencyKey = Annotated[
+    str | None, typer.Option("--idempotency-key", metavar="TEXT", help="Submit once, however often it is repeated.")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Show progress until the job has ended; the exit code tells how.")]
 
 
@@ -76,9 +79,7 @@ Wait = Annotated[bool, typer.Option("--wait", help="Show progress until the job 
 def submit(
     order: options.Order,
     wait: Wait = False,
-    idempotency_key: Annotated[
-        str | None, typer.Option("--idempotency-key", metavar="TEXT", help="Submit once, however often it is repeated.")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
     is_uploaded: Annotated[
         bool | None,
         typer.Option(
@@ -104,7 +105,7 @@ def submit(
         )
         if wait:
             say(f"Job {job['id']}.")
-            _finish(_watch(client, job["id"]), as_json)
+            finish_command(watch_job(client, job["id"]), as_json)
     if as_json:
         print_json(job)
     else:
@@ -140,7 +141,9 @@ def jobs(
 
 
 def name_source(request: Mapping[str, Any]) -> str:
-    """Return the folder, the repository, the address or the upload that a request names."""
+    """Return the folder, the repository, the address or the upload that a request names; or what it measures of it."""
+    if "artifact" in request:
+        return f"{request['artifact']} of {name_source({'source': request['source']})}"
     source = request["source"]
     if source["kind"] == "s3":
         return f"s3://{source['bucket']}/{source['prefix']}"
@@ -164,13 +167,20 @@ def job(
     """
     with options.connect(url, api_key) as client:
         if watch:
-            _finish(_watch(client, job_id), as_json)
+            finish_command(watch_job(client, job_id), as_json)
         document = client.get(job_id)
     if as_json:
         print_json(document)
         return
     print_outcome(document)
+    _print_artifacts(document)
     _print_steps(document)
+
+
+def _print_artifacts(document: Mapping[str, Any]) -> None:
+    artifacts = [artifact for variant in document["variants"] for artifact in variant["artifacts"]]
+    if artifacts:
+        print_table(("artifact", "id"), [[artifact["name"], artifact["id"]] for artifact in artifacts])
 
 
 _STEP_WORDS = ("step", "state")
@@ -214,7 +224,7 @@ def retry(
         seen = client.get(job_id)["event_count"]
         document = client.retry(job_id)
         if wait:
-            _finish(_watch(client, job_id, seen), as_json)
+            finish_command(watch_job(client, job_id, seen), as_json)
     if as_json:
         print_json(document)
     else:
@@ -289,7 +299,8 @@ def download(
         say(f"Job {job_id} has published nothing (yet).")
 
 
-def _watch(client: Client, job_id: str, seen: int = 0) -> dict[str, Any]:
+def watch_job(client: Client, job_id: str, seen: int = 0) -> dict[str, Any]:
+    """Show a job's progress until it has ended and return it; `seen`: the number of the last event that is not news."""
     try:
         with ProgressView(lambda: client.get(job_id)) as view:
             return client.wait(job_id, view.on_event, after=seen)
@@ -298,7 +309,7 @@ def _watch(client: Client, job_id: str, seen: int = 0) -> dict[str, Any]:
         raise
 
 
-def _finish(document: dict[str, Any], as_json: bool) -> None:
+def finish_command(document: dict[str, Any], as_json: bool) -> NoReturn:
     """Print an ended job and end the command."""
     if as_json:
         print_json(document)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,15 +181,10 @@ def make_order(
         ("recipe", recipe, (*RECIPES, *own_recipes)),
         ("format", format, FORMATS),
         ("engine", engine, ENGINES),
-        ("backend", backend, BACKENDS),
     ):
         for name in names or ():
             require_known(kind, name, known)
-
-    for text in device or ():
-        name = text.split(",")[0].strip()
-        if not set(name) & set("<>=!"):
-            require_known("device", name, (HOST, *ANY_OR_ALL))
+    require_known_devices(device or (), backend or ())
 
     from service.requests import parse_request, parse_source
 
@@ -218,6 +213,16 @@ def make_order(
     given = {name: value for name, value in fields.items() if value not in (None, [], {})}
     request = parse_request({"source": parse_source(source).model_dump(mode="json"), **given})
     return Order(request, files)
+
+
+def require_known_devices(devices: Iterable[str], backends: Iterable[str]) -> None:
+    """Raise `UnknownName` with the nearest name for a word that selects no device, or names no backend."""
+    for backend in backends:
+        require_known("backend", backend, BACKENDS)
+    for text in devices:
+        name = text.split(",")[0].strip()
+        if not set(name) & set("<>=!"):
+            require_known("device", name, (HOST, *ANY_OR_ALL))
 
 
 def takes_order(command: Callable[..., None]) -> Callable[..., None]:

@@ -86,6 +86,8 @@ def _variant_rows(variant: Mapping[str, Any]) -> list[list[str]]:
     parity = variant["parity"] or {}
     figures = [_number(parity.get("max_abs_error_ratio"), ".2g"), _number(parity.get("kl_mean"), ".2g")]
     kinds = {artifact["kind"]: format_bytes(artifact["size_bytes"]) for artifact in variant["artifacts"]}
+    # A job may measure what another has published.
+    kinds = kinds or {measurement["format"]: _NONE for measurement in variant["measurements"]}
     return [
         [
             *head,

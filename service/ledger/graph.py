@@ -6,7 +6,7 @@ Called inside the transactions of `service.ledger.jobs` and `service.ledger.clai
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,23 +64,28 @@ def add_steps(
         if not was_there:
             _require_memory(tx, spec)
         _link(tx, job_id, step_id, position, was_there)
-        _serve(tx, step_id, [variant_ids[name] for name in spec.variants])
+        serve_variants(tx, step_id, [variant_ids[name] for name in spec.variants])
         row = tx.connection.execute(select(Step.key, Step.state).where(Step.id == step_id)).one()
         if was_there:
             reused.append(ReusedStep(step_id, spec.kind, row.key))
-        emit(
-            tx,
-            [job_id],
-            "step",
-            {
-                "step_id": step_id,
-                "kind": spec.kind,
-                "state": row.state,
-                "reused": was_there,
-                "error": None,
-            },
-        )
+        _announce(tx, job_id, step_id, spec.kind, row.state, reused=was_there)
     return reused
+
+
+def link_steps(tx: Transaction, job_id: str, step_ids: Iterable[str], variant: str) -> None:
+    """Link a new job to steps that have succeeded for others, for the sake of one of its variants."""
+    is_it = Variant.job_id == job_id, Variant.name == variant
+    variant_id = tx.connection.execute(select(Variant.id).where(*is_it)).scalar_one()
+    for position, step_id in enumerate(step_ids):
+        _link(tx, job_id, step_id, position, reused=True)
+        serve_variants(tx, step_id, [variant_id])
+        row = tx.connection.execute(select(Step.kind, Step.state).where(Step.id == step_id)).one()
+        _announce(tx, job_id, step_id, row.kind, row.state, reused=True)
+
+
+def _announce(tx: Transaction, job_id: str, step_id: str, kind: str, state: str, *, reused: bool) -> None:
+    data = {"step_id": step_id, "kind": kind, "state": state, "reused": reused, "error": None}
+    emit(tx, [job_id], "step", data)
 
 
 def _require_memory(tx: Transaction, spec: StepSpec) -> None:
@@ -103,7 +108,8 @@ def _link(tx: Transaction, job_id: str, step_id: str, position: int, reused: boo
     )
 
 
-def _serve(tx: Transaction, step_id: str, variant_ids: Sequence[str]) -> None:
+def serve_variants(tx: Transaction, step_id: str, variant_ids: Sequence[str]) -> None:
+    """Say that a step is for these variants too."""
     for variant_id in variant_ids:
         statement = tx.insert(VariantStep).values(variant_id=variant_id, step_id=step_id)
         tx.connection.execute(statement.on_conflict_do_nothing())

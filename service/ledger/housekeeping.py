@@ -6,7 +6,7 @@ from sqlalchemy import delete, select
 
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
-from service.ledger.jobs import IDEMPOTENCY_S
+from service.ledger.idempotency import IDEMPOTENCY_S
 from service.ledger.states import FINAL_JOB_STATES
 from service.ledger.tables import Chore, Event, IdempotencyKey, Job
 

@@ -5,18 +5,18 @@ Called by `service.api`. Changes states only through `service.ledger.moves`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 
-from service.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
+from service.errors import Conflict, InvalidRequest, NotFound
 from service.ledger import locks, views
 from service.ledger.bulk import insert_together
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
 from service.ledger.events import emit
 from service.ledger.graph import describe_first_step
+from service.ledger.idempotency import Submission, claim_idempotency_key
 from service.ledger.keys import digest_json, new_id
 from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted
@@ -36,21 +36,7 @@ from service.ledger.tables import (
     VariantStep,
 )
 from service.ledger.uploads import hold_uploads
-from service.requests import JobRequest, parse_request
-
-#: How long an `Idempotency-Key` is remembered.
-IDEMPOTENCY_S = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The answer to a submission."""
-
-    job_id: str
-    #: False when the same `Idempotency-Key` had already made the job.
-    is_new: bool
-    #: The job as its readers see it, if it is new.
-    document: dict[str, Any] | None = None
+from service.requests import JobRequest, parse_stored_request
 
 
 @writes
@@ -72,7 +58,7 @@ def submit_job(
     job_id = new_id("job")
     if idempotency_key is not None:
         digest = digest_json(request.to_json())
-        earlier = _claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
+        earlier = claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
         if earlier is not None:
             return Submission(earlier, is_new=False)
     document = add_job(tx, tenant_id, request, max_variants=max_variants, job_id=job_id, traceparent=traceparent)
@@ -158,35 +144,6 @@ def require_few_variants(request: JobRequest, max_variants: int) -> None:
         )
 
 
-def _claim_idempotency_key(tx: Transaction, tenant_id: str, key: str, digest: str, job_id: str) -> str | None:
-    """Take the key for `job_id`, or return the job that has it."""
-    tx.connection.execute(
-        delete(IdempotencyKey).where(
-            IdempotencyKey.tenant_id == tenant_id,
-            IdempotencyKey.key == key,
-            IdempotencyKey.created_at < now(-IDEMPOTENCY_S),
-        )
-    )
-    inserted = tx.connection.execute(
-        tx.insert(IdempotencyKey)
-        .values(tenant_id=tenant_id, key=key, request_digest=digest, job_id=job_id, created_at=now())
-        .on_conflict_do_nothing()
-        .returning(IdempotencyKey.key)
-    ).first()
-    if inserted is not None:
-        return None
-    row = tx.connection.execute(
-        select(IdempotencyKey.request_digest, IdempotencyKey.job_id).where(
-            IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key
-        )
-    ).one()
-    if row.request_digest != digest:
-        raise IdempotencyMismatch(
-            f"The Idempotency-Key {key!r} was used for another request. Use a fresh key for a new request.", key=key
-        )
-    return str(row.job_id)
-
-
 @writes
 def cancel_job(tx: Transaction, tenant_id: str, job_id: str) -> bool:
     """Cancel a job and every step that only it wants; return False when it was cancelled already.
@@ -222,7 +179,7 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
     if job.state == JobState.SUCCEEDED:
         raise Conflict(f"Job {job_id} succeeded; there is nothing to retry.", state=job.state)
     require_room_for_job(tx, tenant_id)
-    request = parse_request(job.request)
+    request = parse_stored_request(job.request)
     tx.connection.execute(
         update(Variant)
         .where(Variant.job_id == job_id, Variant.state != VariantState.SUCCEEDED)
@@ -249,7 +206,10 @@ def remove_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
     locks.lock_steps(tx, tx.connection.execute(links).scalars().all())
     tx.connection.execute(update(ScheduleTick).where(ScheduleTick.job_id == job_id).values(job_id=None))
     variant_ids = select(Variant.id).where(Variant.job_id == job_id)
-    tx.connection.execute(delete(VariantStep).where(VariantStep.variant_id.in_(variant_ids)))
+    # A benchmark may serve the variant of another job too, whose artifact it measured.
+    own_steps = links.join(Step, Step.id == JobStep.step_id).where(~Step.shared)
+    is_served = or_(VariantStep.variant_id.in_(variant_ids), VariantStep.step_id.in_(own_steps.order_by(None)))
+    tx.connection.execute(delete(VariantStep).where(is_served))
     for table in (Publication, Event, JobUpload, IdempotencyKey, JobStep, Variant):
         tx.connection.execute(delete(table).where(table.job_id == job_id))
     tx.connection.execute(delete(Job).where(Job.id == job_id))

@@ -32,10 +32,13 @@ class StepView:
 def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantState, Mapping[str, Any] | None]:
     """Return a variant's state and, when it did not succeed, the error at the root.
 
-    Benchmarks do not decide: a publication waits for one only through the graph, when a gate names its figure.
+    Benchmarks do not decide: a publication waits for one only through the graph, when a gate names its figure. In a job
+    that only measures they alone do.
     """
     prelude = [step for step in steps if not step.variant_ids]
     served = [step for step in steps if variant_id in step.variant_ids]
+    if _only_measures(steps):
+        return _judge_measured(served)
     own = [step for step in served if step.kind != "benchmark"]
     own_error = _root_error(own)
     if own_error and not any(step.state == StepState.FAILED for step in own):
@@ -52,12 +55,30 @@ def judge_variant(variant_id: str, steps: Sequence[StepView]) -> tuple[VariantSt
     return (VariantState.REFUSED if is_refusal else VariantState.FAILED), failure
 
 
+def _only_measures(steps: Sequence[StepView]) -> bool:
+    """Whether a job measures what was published before: it has no source to resolve, nor any other prelude."""
+    return bool(steps) and all(step.variant_ids for step in steps)
+
+
+def _judge_measured(served: Sequence[StepView]) -> tuple[VariantState, Mapping[str, Any] | None]:
+    """Succeeded with one measurement; the job says whether all were made."""
+    benchmarks = [step for step in served if step.kind == "benchmark"]
+    if any(step.state not in FINAL_STEP_STATES for step in benchmarks):
+        has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in benchmarks)
+        return (VariantState.RUNNING if has_started else VariantState.PENDING), None
+    if any(step.state == StepState.SUCCEEDED for step in benchmarks):
+        return VariantState.SUCCEEDED, None
+    return VariantState.FAILED, _root_error(benchmarks)
+
+
 def judge_job(variant_states: Sequence[str], steps: Sequence[StepView]) -> JobState:
     """Return a job's state from its variants and steps."""
     if any(state not in FINAL_VARIANT_STATES for state in variant_states) or any(
         step.state not in FINAL_STEP_STATES for step in steps
     ):
-        has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in steps)
+        # What a job measures was made before it; with its first benchmark it begins.
+        own = [step for step in steps if step.kind == "benchmark"] if _only_measures(steps) else steps
+        has_started = any(step.is_started or step.state in FINAL_STEP_STATES for step in own)
         return JobState.RUNNING if has_started else JobState.QUEUED
     succeeded = sum(state == VariantState.SUCCEEDED for state in variant_states)
     if succeeded == 0:

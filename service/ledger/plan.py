@@ -2,18 +2,19 @@
 
 A job's graph is written in three parts, as facts arrive: `expand_submitted` with the request,
 `expand_resolved` when the source is pinned, `expand_planned` when the checkpoint's facts are known. The
-ledger turns the `StepSpec`s into rows (`service.ledger.graph`).
+ledger turns the `StepSpec`s into rows (`service.ledger.graph`). A job that measures a published artifact is written at
+once: `expand_measuring`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from service import gates, recipes
 from service.devices import HOST, PHONE_CLASS
-from service.requests import JobRequest
+from service.requests import JobRequest, MeasuringRequest
 
 #: Step kind -> resource class (and Celery queue).
 RESOURCE_CLASSES: dict[str, str] = {
@@ -159,7 +160,7 @@ def expand_planned(
             f"benchmark_{place}_{kind}": add(
                 f"benchmark:{variant}:{place}:{kind}",
                 "benchmark",
-                {"device": device, "format": kind, **benchmark, **how, **_workload(facts), **_signatures(facts, kind)},
+                _measuring_params(device, how, kind, benchmark, facts),
                 # Only a proven artifact is measured; beside it lies what its graph answered on the host.
                 {
                     "artifact": artifacts[kind],
@@ -195,6 +196,35 @@ def expand_planned(
             variant,
         )
     return list(specs.values())
+
+
+def expand_measuring(
+    request: MeasuringRequest, variant: str, inputs: Iterable[str], lengths: Mapping[str, Any], devices: Sequence[str]
+) -> list[StepSpec]:
+    """Return the benchmarks of an artifact that was published before, as its own job would have had them.
+
+    `inputs`: what is there of `artifact`, `verify`, `reference` and `graph`, each called as the step that made it;
+    `lengths` are the parameters of the proof.
+    """
+    (kind,) = request.formats
+    return [
+        StepSpec(
+            f"benchmark:{variant}:{place}:{kind}",
+            "benchmark",
+            _measuring_params(device, how, kind, {"processes": request.processes}, lengths),
+            {name: name for name in inputs},
+            (variant,),
+        )
+        for device in devices
+        for place, how in _ways(request, device)
+    ]
+
+
+def _measuring_params(
+    device: str, how: Mapping[str, Any], model_format: str, benchmark: Mapping[str, Any], lengths: Mapping[str, Any]
+) -> dict[str, Any]:
+    place = {"device": device, "format": model_format}
+    return {**place, **benchmark, **how, **_workload(lengths), **_signatures(lengths, model_format)}
 
 
 def _ways(request: JobRequest, device: str) -> list[tuple[str, dict[str, Any]]]:

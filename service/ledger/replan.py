@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import func, select, update
 
+from service.ledger.benchmarks import add_benchmarks
 from service.ledger.clock import now
 from service.ledger.database import Transaction
 from service.ledger.graph import NO_TOOLCHAIN, add_steps
@@ -17,7 +18,7 @@ from service.ledger.moves import drop_unwanted_steps, recompute_job
 from service.ledger.plan import expand_submitted, plan_spec
 from service.ledger.states import StepState
 from service.ledger.tables import Job, JobStep, Step
-from service.requests import JobRequest, parse_request
+from service.requests import JobRequest, MeasuringRequest, parse_stored_request
 
 #: How often a job is planned anew for other tools, its retries counted in; then its step ends with `toolchain_changed`.
 _MOST_PLANS = 8
@@ -36,7 +37,7 @@ def plan_anew(tx: Transaction, held: HeldStep) -> bool:
     if not plans or max(plans.values()) > _MOST_PLANS:
         return False
     for job_id, count in plans.items():
-        request = parse_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
+        request = parse_stored_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
         supersede_unfinished(tx, job_id)
         drop_unwanted_steps(tx, job_id)
         pause_s = 0.0 if count <= 1 else min(_FIRST_PAUSE_S * 2 ** (count - 2), _LONGEST_PAUSE_S)
@@ -58,7 +59,13 @@ def _count_plans(tx: Transaction, job_id: str) -> int:
 def begin_again(
     tx: Transaction, job_id: str, request: JobRequest, *, keeps_checkpoint: bool, pause_s: float = 0.0
 ) -> None:
-    """Add the step that a job begins again with: its plan if the checkpoint is kept and there, else the whole job's."""
+    """Add the step that a job begins again with: its plan if the checkpoint is kept and there, else the whole job's.
+
+    One that measures an artifact begins with its benchmarks; raises `Conflict` when the artifact is gone.
+    """
+    if isinstance(request, MeasuringRequest):
+        add_benchmarks(tx, job_id, request)
+        return
     fetch = _usable_fetch(tx, job_id) if keeps_checkpoint else None
     if fetch is not None:
         known = {"fetch": fetch.id}

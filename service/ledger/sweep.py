@@ -35,6 +35,7 @@ from service.ledger.tables import (
     ToolFile,
     Upload,
     UploadPart,
+    VariantStep,
 )
 
 #: Rows that one transaction takes.
@@ -246,9 +247,21 @@ def _is_unused(keep_s: float) -> ColumnElement[bool]:
 
 
 def _is_expired(retention: Retention) -> ColumnElement[bool]:
-    """Whether a job is kept no longer."""
+    """Whether a job is kept no longer; one that has measured what is published goes by the rule for those."""
+    measured = (
+        select(VariantStep.variant_id)
+        .join(JobStep, JobStep.step_id == VariantStep.step_id)
+        .join(Step, Step.id == JobStep.step_id)
+        .where(JobStep.job_id == Job.id, Step.kind == "benchmark", Step.state == StepState.SUCCEEDED)
+        .correlate(Job)
+    )
     has_published = (
-        exists(Publication.id).where(Publication.job_id == Job.id, Publication.published_at.is_not(None)).correlate(Job)
+        exists(Publication.id)
+        .where(
+            or_(Publication.job_id == Job.id, Publication.variant_id.in_(measured)),
+            Publication.published_at.is_not(None),
+        )
+        .correlate(Job)
     )
     limits = ((~has_published, retention.unpublished_jobs_s), (has_published, retention.published_jobs_s))
     return and_(

@@ -23,13 +23,14 @@ from service.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from service.ledger import claims, fleet, housekeeping, jobs, publications, results, sweep
+from service.ledger import benchmarks, claims, fleet, housekeeping, jobs, publications, results, sweep
 from service.ledger.base import Base
 from service.ledger.blobs import Reprieves, commit_uploaded
 from service.ledger.database import Database, Transaction
 from service.ledger.keys import digest_json
 from service.ledger.states import StepState
-from service.ledger.tables import Step
+from service.ledger.tables import Publication, Step
+from service.requests import BenchmarkRequest
 from tests.kiln import read_rows
 from tests.ledger_invariants import LedgerRows, find_violations, read_ledger
 from tests.ledger_play import BENCHMARK, CLASSES, TENANT, TOOLCHAIN, Play, figures_of, outputs_of
@@ -79,6 +80,16 @@ class LedgerMachine(RuleBasedStateMachine):
         request: dict[str, Any] = {"recipes": ["none", "dynamic_int8"] if both else ["dynamic_int8"]}
         request |= {"formats": ["tflite"], "devices": ["host"] if measured else [], "priority": priority}
         self.jobs.append((tenant, self.plays[tenant].submit(f"/models/{path}", **request)))
+
+    @rule(which=_SOME)
+    def measure(self, which: int) -> None:
+        """Ask for a benchmark of what was published before."""
+        published = [row for row in read_rows(self.database, Publication) if row["published_at"] is not None]
+        if published:
+            row = published[which % len(published)]
+            asked = BenchmarkRequest(devices=("host",))
+            made = benchmarks.submit_benchmark(self.database, row["tenant_id"], row["id"], asked, processes=1)
+            self.jobs.append((row["tenant_id"], made.job_id))
 
     @rule(which=_SOME)
     def cancel(self, which: int) -> None:

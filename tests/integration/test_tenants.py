@@ -45,7 +45,7 @@ ABSENT = {
 #: What stands in a path below an id.
 BELOW = {"digest": "f" * 64}
 #: What routes with an id need beyond it.
-BODIES: dict[str, Any] = {}
+BODIES: dict[str, Any] = {"POST /v1/artifacts/{artifact_id}/benchmarks": {"devices": ["any"]}}
 
 
 @dataclass

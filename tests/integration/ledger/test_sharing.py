@@ -14,6 +14,7 @@ from sqlalchemy import func, select
 from service.errors import BlobMissing, CheckpointInvalid, Conflict, IdempotencyMismatch, InvalidRequest, NotFound
 from service.ledger import claims, jobs, locks, moves, results, views
 from service.ledger.database import Database
+from service.ledger.idempotency import Submission
 from service.ledger.tables import Job, Step
 from service.requests import parse_request
 from tests.ledger_play import TENANT, Play
@@ -171,7 +172,7 @@ def test_a_step_whose_blobs_are_gone_is_made_again(play: Play) -> None:
 def test_one_idempotency_key_makes_one_job_however_many_ask_at_once(play: Play) -> None:
     request = parse_request({"source": {"kind": "folder", "path": "/models/tiny"}})
 
-    def submit(_: int) -> jobs.Submission:
+    def submit(_: int) -> Submission:
         return jobs.submit_job(play.database, TENANT, request, max_variants=9, idempotency_key="k")
 
     with ThreadPoolExecutor(8) as pool:
