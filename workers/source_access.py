@@ -16,12 +16,16 @@ from service.ledger.database import Database
 from service.sealing import Seal
 from service.settings import Settings
 from service.sources import read_host_rules, require_bucket
+from service.web_addresses import HostRules
 
 
 def describe_access(settings: Settings, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters `source` and, where there is something to say, `access`; raises `SourceNotAllowed`."""
-    if source["kind"] == "hub" and settings.hub_endpoint:
-        return {"source": {"endpoint": settings.hub_endpoint, **source}}
+    if source["kind"] == "hub":
+        # Which servers a hub stores its files on is the hub's to say, but not inside this network.
+        rules = HostRules(private_hosts=settings.private_source_hosts)
+        endpoint = {"endpoint": settings.hub_endpoint} if settings.hub_endpoint else {}
+        return {"source": {**endpoint, **source}, "access": rules.to_json()}
     if source["kind"] == "https":
         return {"source": source, "access": read_host_rules(settings).to_json()}
     if source["kind"] == "s3":

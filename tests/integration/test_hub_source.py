@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub.utils
 import pytest
 
@@ -19,6 +21,7 @@ from service.errors import (
     InvalidRequest,
     InvalidSettings,
     SourceForbidden,
+    SourceNotAllowed,
     SourceNotFound,
     SourceUnavailable,
 )
@@ -213,13 +216,48 @@ def test_a_body_longer_than_stated_is_cut_off(hub: HubServer, tmp_path: Path) ->
         bring(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1:9/store", "https://127.0.0.1:9/store", "http://example.com"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("http://127.0.0.1:9/store", "https://127.0.0.1:9/store", "http://example.com", "https://[::1]/store"),
+        *("https://169.254.169.254/latest", "https://[::ffff:10.0.0.1]/store", "https://localhost/store"),
+    ],
+)
 def test_a_redirect_into_the_workers_network_is_refused(hub: HubServer, tmp_path: Path, target: str) -> None:
     hub.add_commit(REPO, FILES)
     source = pin(hub)["source"]
     hub.faults.redirect_to = target
-    with pytest.raises(SourceUnavailable, match="not a public https address"):
+    with pytest.raises(SourceNotAllowed, match=r"over http|no public address"):
         bring(source, tmp_path / "out")
+
+
+def test_a_redirect_is_opened_where_it_was_judged(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name turns to the loopback once it has been looked at: nothing asks for it again."""
+    hub.add_commit(REPO, FILES, tokens={TOKEN})
+    source = pin(hub, credential=TOKEN)["source"]
+    resolve = socket.getaddrinfo
+    answers = ["93.184.215.14", "127.0.0.1", "127.0.0.1"]
+    asked: list[tuple[str, Any]] = []
+
+    def resolve_once(host: str, *rest: Any, **options: Any) -> Any:
+        return resolve(answers.pop(0) if host == "cdn.example.org" else host, *rest, **options)
+
+    def send(client: httpx2.Client, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        if request.url.host in ("127.0.0.1", "localhost"):
+            return send_really(client, request, **_)
+        asked.append((request.url.host, request.headers.get("Authorization")))
+        raise httpx2.ConnectError("nobody is there")
+
+    send_really = httpx2.Client.send
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_once)
+    monkeypatch.setattr(httpx2.Client, "send", send)
+    hub.faults.redirect_to = "https://cdn.example.org/store"
+    with pytest.raises(SourceUnavailable):
+        bring(source, tmp_path / "out", credential=TOKEN)
+    assert set(asked) == {("93.184.215.14", None)}
+    assert len(answers) == 2
 
 
 def test_a_server_error_is_retryable_and_the_next_attempt_succeeds(hub: HubServer, tmp_path: Path) -> None:

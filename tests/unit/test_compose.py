@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import re
 from pathlib import Path
@@ -97,6 +98,37 @@ def test_only_fetches_get_the_sources_credentials_and_the_way_out() -> None:
     assert FILE["networks"]["inner"]["internal"] is True
     assert [name for name, service in SERVICES.items() if "ports" in service] == ["proxy"]
     assert compose.read_compose(VALUES)["services"]["proxy"]["ports"] == ["127.0.0.1:8711:8711"]
+
+
+def read_proxy(variables: dict[str, str]) -> list[str]:
+    """Return the lines of the proxy's configuration, without comments and indentation."""
+    content = compose.read_compose(VALUES | variables)["configs"]["proxy"]["content"]
+    return [line.strip() for line in content.splitlines() if not line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "trusted", "site"),
+    [
+        ({}, "127.0.0.1/32", ":8711"),
+        ({"OUTER_PROXIES": "10.0.0.5 10.1.0.0/16", "SITE": "kiln.example"}, "10.0.0.5 10.1.0.0/16", "kiln.example"),
+    ],
+    ids=["by default nobody", "whom the operator names"],
+)
+def test_the_proxy_believes_those_that_are_named_and_passes_one_address_on(
+    variables: dict[str, str], trusted: str, site: str
+) -> None:
+    """Every hop that the API trusts may write the header: Caddy leaves nothing in it that a client wrote."""
+    lines = read_proxy(variables)
+    assert [line for line in lines if line.startswith("trusted_proxies")] == [
+        f"trusted_proxies static {trusted}",
+        "trusted_proxies_strict",
+    ]
+    assert all(ipaddress.ip_network(each) for each in trusted.split())
+    assert f"{site} {{" in lines
+    assert "header_up X-Forwarded-For {client_ip}" in lines
+    assert sum(line.endswith("{") for line in lines) == lines.count("}")
+    proxy = SERVICES["proxy"]
+    assert proxy["configs"] == [{"source": "proxy", "target": proxy["command"][-1]}]
 
 
 def test_each_class_has_a_worker_that_takes_nothing_else() -> None:

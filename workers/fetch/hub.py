@@ -6,6 +6,7 @@ request may name is the service's decision. Called through `workers.fetch.source
 
 `huggingface_hub.hf_hub_download` is not used: since 2.x it deletes a partial file when a download fails
 (huggingface_hub PR 4228) and it reads a body of any length. Its session, headers, addresses and errors are.
+What the hub redirects to elsewhere is `workers.fetch.web_client`'s to judge and to open.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, hf_raise_for_status
@@ -44,18 +46,15 @@ from service.errors import (
     SourceNotFound,
     SourceUnavailable,
 )
-from service.web_addresses import is_public
+from service.web_addresses import HostRules, read_place
 from workers.fetch.download import Body, download_all
 from workers.fetch.http_body import interruptible, read_body, write_range
 from workers.fetch.sources import ByteProgress, FetchedFile, Pinned
+from workers.fetch.web_client import MAX_REDIRECTS, TIMEOUT_S, WebClient
 from workers.steps import Progress
 
 # The client logs warnings in the server's words, which may repeat what the request carried.
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-#: Seconds that a hub may stay silent.
-TIMEOUT_S = 30.0
-MAX_REDIRECTS = 5
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -75,6 +74,7 @@ class HubSource:
         endpoint: str | None = None,
         credential: str | None = None,
         cache_dir: Path | None = None,
+        rules: HostRules | None = None,
     ) -> None:
         if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
             raise InvalidRequest(f"{repo!r} is not a repository name; write it as 'organisation/name'.")
@@ -91,6 +91,8 @@ class HubSource:
             )
         self._credential = credential
         self._cache_dir = cache_dir
+        #: For redirects that leave the hub.
+        self._rules = rules or HostRules()
 
     def pin(self, progress: Progress) -> Pinned:
         """Resolve the revision (the default branch if there is none) to a commit and list its needed files."""
@@ -115,10 +117,10 @@ class HubSource:
         @contextmanager
         def open_range(file: SourceFile, start: int, end: int | None) -> Iterator[Body]:
             headers = {**self._headers(), **write_range(start, end)}
-            with interruptible(), _open(self._address(file, commit), headers) as response:
+            with interruptible(), _open(web, self._rules, self._address(file, commit), headers) as response:
                 yield read_body(response, file, start)
 
-        with self._report_errors():
+        with self._report_errors(), WebClient(self._rules) as web:
             return download_all(files, open_range, self._cache_dir, output_dir, count)
 
     def _list_needed(self) -> tuple[str, list[SourceFile]]:
@@ -187,10 +189,22 @@ class HubSource:
 
 
 @contextmanager
-def _open(address: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-    """Open a GET, following redirects that `_check_redirect` allows; raises the hub library's errors for refusals."""
+def _open(web: WebClient, rules: HostRules, address: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    """Open a GET; raises the hub library's errors for refusals.
+
+    Redirects within the hub are followed with its session. One that leaves it is a stranger's address: `web` judges it,
+    and what it redirects to, and the token stays behind.
+    """
     first = address
     for _ in range(MAX_REDIRECTS + 1):
+        if not _is_same_server(first, address):
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            if not _is_proxied(address):
+                with web.open("GET", address, headers) as response:
+                    hf_raise_for_status(response)
+                    yield response
+                return
+            _require_public(rules, address)
         with get_session().stream(
             "GET", address, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
         ) as response:
@@ -199,29 +213,33 @@ def _open(address: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]
                 yield response
                 return
             address = urljoin(address, response.headers["Location"])
-        headers = _check_redirect(first, address, headers)
     raise SourceUnavailable(f"The hub redirects more than {MAX_REDIRECTS} times; check the endpoint.")
 
 
-def _check_redirect(first: str, address: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers for a redirect's target; refuse targets inside the worker's own network."""
+def _is_same_server(first: str, address: str) -> bool:
     home, target = urlsplit(first), urlsplit(address)
-    if (home.scheme, home.netloc) == (target.scheme, target.netloc):
-        return dict(headers)
-    if target.scheme != "https" or not target.hostname or not _is_public(target.hostname, target.port or 443):
-        raise SourceUnavailable(
-            f"The hub redirects a file to {target.hostname}, which is not a public https address; check the endpoint."
-        )
-    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
+    return (home.scheme, home.netloc) == (target.scheme, target.netloc)
 
 
-def _is_public(host: str, port: int) -> bool:
-    """Tell whether every address of `host` is public; a name only a proxy can resolve is left to the proxy."""
+def _is_proxied(address: str) -> bool:
+    """Tell whether this worker reaches an address through a proxy of its environment, as the hub's client does."""
+    parts, proxies = urlsplit(address), getproxies()
+    return bool(proxies.get(parts.scheme) or proxies.get("all")) and not proxy_bypass(parts.hostname or "")
+
+
+def _require_public(rules: HostRules, address: str) -> None:
+    """Judge where a proxy is asked to lead; a name that only it can resolve is left to it."""
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        place = read_place(address)
+    except ValueError as error:
+        raise SourceUnavailable(f"The hub redirects to an address that cannot be used: {error}.") from None
+    rules.require_host(place)
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)}
     except OSError:
-        return True
-    return all(is_public(str(each)) for each in found)
+        found = set()
+    for each in found:
+        rules.require_address(place, each)
 
 
 def _read_endpoint(endpoint: str | None) -> str:

@@ -139,6 +139,7 @@ def open_source(
             endpoint=_read_optional_text(source, "endpoint"),
             credential=credential,
             cache_dir=cache_dir,
+            rules=HostRules.from_json(access or {}),
         )
     if kind == "https":
         _require_fields(source, {"kind", "url", "revision", "files"})

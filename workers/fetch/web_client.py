@@ -3,7 +3,8 @@
 Owns the defence against requests that would reach into the worker's own network: a host's name is resolved once, its
 addresses are judged before anything connects, and connections go to those very addresses, whatever the name resolves to
 later; redirects are judged like the first address. No proxy, no cookie, no password of this machine is used, bodies are
-never unpacked, and no message repeats a query. Called by `workers.fetch.https`.
+never unpacked, and no message repeats a query. Called by `workers.fetch.https`, and by `hub` for what a
+hub redirects to.
 """
 
 from __future__ import annotations
