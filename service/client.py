@@ -438,10 +438,21 @@ class Client:
 
     def add_tool(self, name: str, version: str, abi: str, files: Mapping[str, Path]) -> Documents:
         """Upload a tool's files (name on the phone -> file here) and register it, as an operator; return all tools."""
-        digests = {file: self.upload(path)["sha256"] for file, path in files.items()}
-        document = {"name": name, "version": version, "abi": abi, "files": digests}
-        found: Documents = self._call("POST", "/v1/tools", json=document)["tools"]
+        found: Documents = self._add_tool(name, version, abi, files, rebenchmark=False)["tools"]
         return found
+
+    def rebenchmark(self, name: str, version: str, abi: str, files: Mapping[str, Path]) -> Document:
+        """Do the same as `add_tool`, and measure with it what older versions have measured, on the same phones.
+
+        Returns how many benchmarks were `started`, `known` already, `away` with their phones, and `refused` by quotas.
+        """
+        found: Document = self._add_tool(name, version, abi, files, rebenchmark=True)["rebenchmarks"]
+        return found
+
+    def _add_tool(self, name: str, version: str, abi: str, files: Mapping[str, Path], *, rebenchmark: bool) -> Document:
+        digests = {file: self.upload(path)["sha256"] for file, path in files.items()}
+        document = {"name": name, "version": version, "abi": abi, "files": digests, "rebenchmark": rebenchmark}
+        return self._call("POST", "/v1/tools", json=document)
 
     def benchmark(
         self,

@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.api.context import ContextOf, OperatorOf, ReadTenant
-from service.api.schemas import DeviceList, ToolList, answers, problem_responses
+from service.api.schemas import DeviceList, NewTool, ToolList, answers, problem_responses
 from service.devices import TOOLS
 from service.errors import InvalidRequest
 from service.ledger import devices, tools
+from service.ledger.rebenchmarks import start_rebenchmarks
 from service.recipes import require_known
 from service.requests import UploadDigest
 
@@ -31,6 +32,9 @@ class ToolRequest(BaseModel):
     version: Name
     abi: Name = Field(examples=["arm64-v8a"])
     files: dict[Name, UploadDigest] = Field(min_length=1, max_length=32, description="File name -> SHA-256.")
+    rebenchmark: bool = Field(
+        default=False, description="Measure with it what older versions have measured, on the same phones."
+    )
 
     @field_validator("name")
     @classmethod
@@ -95,11 +99,24 @@ def list_tools(context: ContextOf, _tenant: ReadTenant) -> JSONResponse:
     "/tools",
     summary="Register a tool",
     response_model=None,
-    responses={**answers(ToolList, "All tools."), **problem_responses(403, 409)},
+    responses={**answers(NewTool, "All tools."), **problem_responses(403, 409)},
 )
 def add_tool(context: ContextOf, operator: OperatorOf, wanted: ToolRequest) -> JSONResponse:
-    """Register a version of a tool for an ABI, of uploaded files; the same again changes nothing."""
+    """Register a version of a tool for an ABI, of uploaded files; the same again changes nothing.
+
+    With `rebenchmark` the answer counts what was `started`, `known` already, `away` with its phone, and `refused` by a
+    tenant's quota.
+    """
     if wanted.name not in wanted.files:
         raise InvalidRequest(f"One of the files must be the tool itself, called {wanted.name!r}.")
     tools.add_tool(context.database, operator.tenant_id, wanted.name, wanted.version, wanted.abi, wanted.files)
-    return JSONResponse({"tools": tools.list_tools(context.database)})
+    begun = None
+    if wanted.rebenchmark:
+        begun = start_rebenchmarks(
+            context.database,
+            wanted.name,
+            wanted.version,
+            wanted.abi,
+            processes=context.settings.benchmark_processes,
+        ).to_json()
+    return JSONResponse({"tools": tools.list_tools(context.database), "rebenchmarks": begun})

@@ -506,6 +506,15 @@ class ToolList(_Document):
     tools: list[ToolDocument]
 
 
+class NewTool(ToolList):
+    """The tools, and what a new one has brought about."""
+
+    rebenchmarks: dict[str, int] | None = Field(
+        description="How many benchmarks were `started`, `known` already, `away` with their phones, or `refused` by a "
+        "tenant's quota; null where none was asked for."
+    )
+
+
 class MeasurementDocument(_Document):
     """One measurement of an artifact; its figures as in the job."""
 

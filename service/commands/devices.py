@@ -35,6 +35,7 @@ TOOLS_EPILOG = """Examples:
   edgekiln tools add benchmark_model --version 2.2.0 --abi arm64-v8a ./benchmark_model
   edgekiln tools add litert_lm_advanced_main --version 0.17.0 --abi arm64-v8a ./litert_lm_advanced_main \\
       --library libLiteRtOpenClAccelerator.so
+  edgekiln tools add benchmark_model --version 2.3.0 --abi arm64-v8a ./benchmark_model --rebenchmark
 """
 
 DeviceId = Annotated[str, typer.Argument(metavar="ID", help="A phone's serial number, as `edgekiln devices` lists it.")]
@@ -162,6 +163,10 @@ def add_tool(
         list[Path] | None,
         typer.Option("--library", metavar="FILE", help="A shared library that lies beside it; may be repeated."),
     ] = None,
+    rebenchmark: Annotated[
+        bool,
+        typer.Option("--rebenchmark", help="Measure with it what older versions have measured, on the same phones."),
+    ] = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
 ) -> None:
@@ -170,6 +175,16 @@ def add_tool(
     for path in files.values():
         if not path.is_file():
             raise InvalidRequest(f"{path} is no file.")
+    begun = None
     with options.connect(url, api_key) as client:
-        client.add_tool(name, version, abi, files)
+        if rebenchmark:
+            begun = client.rebenchmark(name, version, abi, files)
+        else:
+            client.add_tool(name, version, abi, files)
     say(f"{name} {version} for {abi} is registered.")
+    if begun is not None:
+        say(
+            f"Benchmarks started with it: {begun['started']}. Known already: {begun['known']}. Left out: "
+            f"{begun['away']} whose phones are not ready, {begun['refused']} for their tenants' quotas; the same "
+            "command starts those later."
+        )
