@@ -36,7 +36,7 @@ def publish(
     """
     # 1. judge
     figures = collect_figures(claim)
-    verdicts = judge(claim.params, figures)
+    verdicts = judge(claim.params, figures, find_unstable(claim))
     # 2. write the manifests and record them; those of an earlier attempt stay in force
     provenance = publications.read_provenance(database, claim)
     drafts = [_draft(kind, claim, provenance, toolchain, figures, verdicts) for kind in claim.params["formats"]]
@@ -56,25 +56,57 @@ def publish(
 
 
 def collect_figures(claim: claims.Claim) -> dict[str, Any]:
-    """Return the variant's worst figures over its formats, and its benchmarks' where a gate waits for them."""
-    suppliers = list(claim.inputs.values())
-    merged = gates.merge_figures([supplier.figures for supplier in suppliers if supplier.kind == "verify"])
-    benchmarks = [supplier.figures for supplier in suppliers if supplier.kind == "benchmark"]
+    """Return the variant's worst figures over its formats, and its benchmarks' where a gate waits for them.
+
+    Only stable measurements prove anything: where one of them is not, the worst is not known, and none is given.
+    """
+    merged = gates.merge_figures([supplier.figures for supplier in claim.inputs.values() if supplier.kind == "verify"])
+    benchmarks = _read_benchmarks(claim)
     if benchmarks:
-        merged["benchmark"] = gates.merge_benchmarks(keep_one_kind(benchmarks))
+        merged["benchmark"] = {} if find_unstable(claim) else gates.merge_benchmarks(benchmarks)
     return merged
 
 
-def judge(params: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hold the variant's figures against its gates; return the verdicts, or raise `GateRefused`."""
+def find_unstable(claim: claims.Claim) -> list[Mapping[str, Any]]:
+    """Return the measurements that a gate would have read, had they been stable."""
+    return [figures for figures in _read_benchmarks(claim) if figures.get("verdict") != "stable"]
+
+
+def _read_benchmarks(claim: claims.Claim) -> list[Mapping[str, Any]]:
+    return keep_one_kind([supplier.figures for supplier in claim.inputs.values() if supplier.kind == "benchmark"])
+
+
+def judge(
+    params: Mapping[str, Any], figures: Mapping[str, Any], unstable: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Hold the variant's figures against its gates; return the verdicts, or raise `GateRefused`.
+
+    `unstable` are the measurements for whose sake figures of benchmarks are missing: the refusal names them.
+    """
     verdicts = gates.judge(params["recipe"], figures, params["gates"])
-    missed = [verdict for verdict in verdicts if not verdict.passed]
+    missed = [_blame(verdict, unstable) for verdict in verdicts if not verdict.passed]
     if missed:
         raise GateRefused(
             " ".join(verdict.sentence for verdict in missed),
             missed=[verdict.to_json() for verdict in missed],
         )
     return [verdict.to_json() for verdict in verdicts]
+
+
+def _blame(verdict: gates.Verdict, unstable: Sequence[Mapping[str, Any]]) -> gates.Verdict:
+    """Say of a missing figure of a benchmark that it was measured, and why that does not count."""
+    if verdict.figure is not None or not verdict.figure_name.startswith("benchmark.") or not unstable:
+        return verdict
+    found = ", ".join(
+        f"{figures.get('format')} on {(figures.get('device') or {}).get('name', 'a device')} was "
+        f"{figures.get('verdict', 'not judged')}"
+        for figures in unstable
+    )
+    sentence = (
+        f"The gate {verdict.gate} reads stable measurements only, and {found}. Let the device cool down and rest, then "
+        "retry the job."
+    )
+    return replace(verdict, sentence=sentence)
 
 
 def _draft(
