@@ -25,6 +25,7 @@ from service.commands import (
     convert,
     devices,
     health,
+    history,
     jobs,
     keys,
     prompt,
@@ -156,6 +157,8 @@ app.add_typer(workers.workers, name="workers")
 app.command(epilog=devices.WORKER_EPILOG)(devices.device_worker)
 app.add_typer(devices.devices, name="devices")
 app.add_typer(devices.tools, name="tools")
+app.command(epilog=history.HISTORY_EPILOG)(history.history)
+app.command(epilog=history.DIFFERENCE_EPILOG)(history.difference)
 app.add_typer(keys.keys, name="keys")
 app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tokens.tokens, name="tokens")

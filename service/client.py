@@ -477,6 +477,25 @@ class Client:
         found: Documents = self._call("GET", path)["measurements"]
         return found
 
+    def history(
+        self,
+        *,
+        model: str | None = None,
+        variant: str | None = None,
+        format: str | None = None,
+        device: str | None = None,
+        limit: int = 50,
+    ) -> Documents:
+        """Return the newest measurements of all jobs that fit, oldest first."""
+        query = {"model": model, "variant": variant, "format": format, "device": device, "limit": limit}
+        params = {name: value for name, value in query.items() if value is not None}
+        found: Documents = self._call("GET", "/v1/measurements", params=params)["measurements"]
+        return found
+
+    def difference(self, baseline: str, candidate: str) -> Document:
+        """Return what became of each metric from one measurement to another, by their ids in the history."""
+        return self._call("GET", "/v1/measurements/difference", params={"baseline": baseline, "candidate": candidate})
+
     # --- the server ------------------------------------------------------------------------------
 
     def recipes(self) -> Document:

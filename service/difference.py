@@ -188,3 +188,60 @@ def _find_memory_change(metric: str, baseline: float, candidate: float) -> Chang
 
 def _geometric_mean(samples: Sequence[float]) -> float:
     return math.exp(math.fsum(math.log(sample) for sample in samples) / len(samples))
+
+
+#: What two measurements may differ in -> fields of their entries in the history.
+_DIFFERENCES = {
+    "model": ("model",),
+    "variant": ("variant",),
+    "device": ("device_id",),
+    "tool": ("tool",),
+    "backend": ("backend", "ran_on"),
+    "threads": ("threads",),
+    "date": ("measured_at",),
+}
+
+
+def describe_difference(
+    baseline: tuple[Document, Mapping[str, Any]], candidate: tuple[Document, Mapping[str, Any]]
+) -> Document:
+    """Return the answer to a comparison of two measurements, each an entry of the history and its figures."""
+    (one, one_figures), (other, other_figures) = baseline, candidate
+    return {
+        "baseline": one,
+        "candidate": other,
+        "differs": [
+            what for what, fields in _DIFFERENCES.items() if any(one.get(name) != other.get(name) for name in fields)
+        ],
+        "is_paired": are_paired(one_figures, other_figures),
+        "changes": [change.to_json() for change in find_changes(one_figures, other_figures)],
+    }
+
+
+def find_regressions(
+    baseline: tuple[Document, Mapping[str, Any]], figures: Mapping[str, Any], least_share: float
+) -> list[Document]:
+    """Return what is slower, or larger in memory, by more than `least_share` than in an earlier measurement.
+
+    Time to load is left out: no verdict is made of it. Never raises `NotComparable`: then there is none.
+    """
+    entry, earlier = baseline
+    try:
+        changes = find_changes(earlier, figures)
+    except NotComparable:
+        return []
+    return [
+        {"baseline_id": entry["id"], "baseline_job_id": entry["job_id"], "baseline_at": entry["measured_at"]}
+        | change.to_json()
+        for change in changes
+        if change.metric != "init_s" and _get_loss(change) > least_share
+    ]
+
+
+def _get_loss(change: Change) -> float:
+    """Return the share of speed that is lost, or of memory that is added; 0 where the data do not say so."""
+    if change.verdict == "larger":
+        return change.ratio - 1
+    if change.verdict != "slower":
+        return 0.0
+    return 1 - min(change.ratio, 1 / change.ratio)

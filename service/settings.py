@@ -97,6 +97,8 @@ class Settings(BaseSettings):
     benchmark_patience_s: float = Field(default=60.0, ge=0)
     #: Fresh processes per benchmark.
     benchmark_processes: int = Field(default=6, ge=1)
+    #: Share of speed lost, or of memory added, from which a measurement is a regression of the one before it.
+    regression_share: float = Field(default=0.10, ge=0)
     #: Transient errors or crashes of its child after which a step is given up.
     max_failures: int = Field(default=3, ge=1)
     #: Lost workers in a row after which a step is parked.

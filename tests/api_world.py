@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +48,16 @@ class StoredPlay(Play):
         files = outputs if outputs is not None else made
 
         def commit(reprieves: Reprieves) -> None:
-            success = results.Success(self.find_figures(claim), files, usage, reprieves)
+            success = results.Success(self.find_figures(claim), files, usage, reprieves, self.find_regressions(claim))
             results.finish_step(self.database, claim, success, TOOLCHAIN, BENCHMARK)
 
         commit_uploaded(self.database, commit, lambda _: self.put("again", artifact_bytes(claim.key)))
 
     def find_figures(self, claim: claims.Claim) -> dict[str, Any]:
         return play_figures(claim)
+
+    def find_regressions(self, claim: claims.Claim) -> Sequence[Mapping[str, Any]]:
+        return ()
 
     def fail(self, claim: claims.Claim, error: EdgeKilnError) -> bool:
         usage = results.Usage(0.5, log=self.put("log", b"it went wrong\n"))

@@ -6,18 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.ledger import claims
+from service.ledger import claims, history
 from service.ledger.blobs import OutputFile
 from tests.api_world import StoredPlay, World
 from tests.ledger_play import TOOLCHAIN
 from workers.devices.statistics import summarize
 from workers.publish import publish
 
-#: What every gate of a float recipe is satisfied with.
+#: What the default gates are satisfied with.
 PROVEN: dict[str, Any] = {
     "context": {"unusable_tokens": 0},
-    "parity": {"max_abs_error_ratio": 0.0, "top1_agreement_confident": 1.0, "confident_share": 1.0, "kl_mean": 0.0},
+    "parity": {
+        "max_abs_error_ratio": 0.0,
+        "top1_agreement_confident": 1.0,
+        "top1_agreement_sure": 1.0,
+        "confident_share": 1.0,
+        "kl_mean": 0.0,
+    },
     "generation": {"match_ratio": 1.0, "stops_missed": 0},
+    "graph_generation": {"match_ratio": 1.0, "stops_missed": 0},
+    "stop_tokens": {"missing": 0},
 }
 #: Decode speeds of six processes that differ by a percent, in tokens/s.
 CALM = (100.0, 101.0, 99.0, 100.5, 99.5, 100.2)
@@ -49,11 +57,15 @@ class MeasuredPlay(StoredPlay):
         super().__init__(world.database, world.store, tenant_id)
         self.source = world.source
         self.next_figures: dict[str, Any] = measured()
+        self.regression_share = world.settings.regression_share
 
     def find_figures(self, claim: claims.Claim) -> dict[str, Any]:
         if claim.kind == "verify":
             return {"format": claim.params["format"], "size_bytes": 1, **PROVEN}
         return self.next_figures if claim.kind == "benchmark" else super().find_figures(claim)
+
+    def find_regressions(self, claim: claims.Claim) -> Sequence[Mapping[str, Any]]:
+        return history.find_regressions(self.database, claim, self.next_figures, self.regression_share)
 
     def finish(self, claim: claims.Claim, outputs: Sequence[OutputFile] | None = None) -> None:
         if claim.kind == "benchmark":
@@ -64,7 +76,7 @@ class MeasuredPlay(StoredPlay):
         publish(self.database, self.store, claim, TOOLCHAIN)
 
     def measure(self, figures: Mapping[str, Any], **fields: Any) -> str:
-        """Submit a job whose benchmark finds `figures`, do all its work, and return its id."""
+        """Submit a job whose benchmark finds `figures`, do all its work as the worker does, and return its id."""
         self.next_figures = dict(figures)
         job_id = self.submit(self.source["path"], recipes=["none"], formats=["litertlm"], devices=["host"], **fields)
         self.run_all()

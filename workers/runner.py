@@ -38,6 +38,7 @@ from service.ledger import claims, fleet, results
 from service.ledger.blobs import Reprieves, commit_uploaded
 from service.ledger.database import LEDGER_AWAY, Database
 from service.ledger.graph import ReusedStep
+from service.ledger.history import find_regressions
 from service.ledger.keys import Toolchain, digest_json
 from service.process_log import bound
 from service.settings import Settings
@@ -213,7 +214,9 @@ class Runner:
                             usage = self._add_log(usage, result, transfer)
                             uploading.note(bytes=transfer.written_bytes)
                         attempt.note(read_bytes=transfer.read_bytes, written_bytes=transfer.written_bytes)
-                        success = results.Success(result.figures or {}, outputs, usage)
+                        found = result.figures or {}
+                        regressions = find_regressions(self._database, claim, found, self._settings.regression_share)
+                        success = results.Success(found, outputs, usage, regressions=regressions)
                     with span("commit"):
                         reused = self._finish(claim, success, output_dir, transfer, keeper)
                     for step in reused:

@@ -39,8 +39,8 @@ _STREAM_EXAMPLE = 'id: 7\nevent: step\ndata: {"step_id": "step_4d", "kind": "con
     response_class=StreamingResponse,
     responses={
         200: {
-            "description": "Events `job`, `step`, `progress` and `variant`, each with its number as `id`; when the job "
-            "has ended and all were sent, one `end` without a number closes the stream.",
+            "description": "`job`, `step`, `progress`, `variant` and `regression`, each with its number as `id`. "
+            "When the job has ended and all were sent, one `end` without a number closes the stream.",
             "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _STREAM_EXAMPLE}},
         },
         **problem_responses(404),

@@ -533,6 +533,56 @@ class MeasurementList(_Document):
     measurements: list[MeasurementDocument]
 
 
+class HistoryEntry(_Document):
+    """A measurement in a tenant's history, without its samples."""
+
+    id: str = Field(description="Of the step that measured; `/v1/measurements/difference` takes it.")
+    job_id: str
+    model: str = Field(description="The source, without its revision.")
+    variant: str
+    format: str | None
+    device_id: str = Field(description="A phone's serial number, or what a host is.")
+    device_kind: str | None = Field(description="`phone`, `virtual` or `host`; never mixed.")
+    device_name: str | None
+    tool: dict[str, Any] | None = Field(description="What measured, with its version.")
+    backend: str | None
+    ran_on: str | None = Field(description="Where it really ran, if elsewhere.")
+    threads: int | None
+    prefill_tokens: int | None
+    decode_tokens: int | None
+    verdict: str | None
+    measured_at: datetime
+    metrics: dict[str, dict[str, Any]] = Field(description="Metric -> `median` and the `interval` that holds it.")
+    memory: dict[str, int] = Field(description="Peaks in bytes.")
+
+
+class HistoryDocument(_Document):
+    """Measurements over time, oldest first."""
+
+    measurements: list[HistoryEntry]
+
+
+class ChangeDocument(_Document):
+    """What became of one metric."""
+
+    metric: str
+    baseline: float
+    candidate: float
+    ratio: float = Field(description="Candidate over baseline, of geometric means.")
+    interval: list[float] | None = Field(description="Bounds that hold the true ratio with 95 % certainty.")
+    verdict: Literal["faster", "slower", "no difference", "unclear", "larger", "smaller"]
+
+
+class DifferenceDocument(_Document):
+    """Two measurements held against each other."""
+
+    baseline: HistoryEntry
+    candidate: HistoryEntry
+    differs: list[str] = Field(description="What they differ in: model, variant, device, tool, backend, threads, date.")
+    is_paired: bool = Field(description="Their processes ran in turns, and are compared round by round.")
+    changes: list[ChangeDocument]
+
+
 _PROBLEM_TEXTS = {
     401: "An API key is needed, or the one given is not valid.",
     403: "The folder, the origin or the key does not allow it.",

@@ -1,11 +1,13 @@
 """A comparison as a picture: quality against size, speed and memory, as one SVG. Pure.
 
 Owns scales, marks and labels. Draws the document that `service.comparison.describe_comparison` makes; a figure that is
-missing is not drawn, and the picture says for whom. Called by `edgekiln compare --plot`.
+missing is not drawn, and the picture says for whom. And measurements over time, with the bounds that hold each. Called
+by `edgekiln compare --plot` and `edgekiln history --plot`.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ _LINE = 14
 #: About the width of a letter of a label, in pixels.
 _LETTER = 6.3
 _QUALITY = AXES["quality"]
+_HISTORY_PANEL = (860, 340)
+_SERIES_COLOURS = ("#0969da", "#1a7f37", "#8250df", "#bf8700", "#bc4c00", "#57606a")
 _INK, _FAINT, _BEST, _REFUSED = "#24292f", "#d0d7de", "#0969da", "#cf222e"
 
 
@@ -54,6 +58,90 @@ def draw_front(front: Mapping[str, Any], title: str) -> str:
         _text(root, 12, _PANEL[1] + 4 + _LINE, f"Not measured: {', '.join(absent)}.")
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
+
+
+#: An entry of the history, the metric that is shown of it, its figure, and the bounds that hold it.
+Point = tuple[Mapping[str, Any], str, float | None, Sequence[float] | None]
+
+
+def draw_history(points: Sequence[Point]) -> str:
+    """Return an SVG document of measurements over time: a line a series; what is not stable is a cross beside it."""
+    series: dict[str, list[Point]] = {}
+    for point in points:
+        if point[2] is not None:
+            series.setdefault(_name_series(point), []).append(point)
+    width, height = _HISTORY_PANEL
+    whole = height + _LINE * (len(series) + 1)
+    root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg", width=f"{width}", height=f"{whole}", fill=_INK)
+    root.set("viewBox", f"0 0 {width} {whole}")
+    root.set("font-family", "system-ui, sans-serif")
+    root.set("font-size", "11")
+    _add(root, "rect", width="100%", height="100%", fill="white")
+    if not series:
+        _text(root, 12, 20, "No measurement has this metric.", weight="bold", size="13")
+    else:
+        _draw_series(root, series)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _draw_series(root: ET.Element, series: Mapping[str, Sequence[Point]]) -> None:
+    drawn = [point for points in series.values() for point in points]
+    width, height = _HISTORY_PANEL
+    left, right, top, bottom = _MARGIN["left"], width - _MARGIN["right"], _MARGIN["top"], height - 30
+    up = _scale_linear([max(figure or 0.0, *(bounds or (0.0,))) for _, _, figure, bounds in drawn], bottom, top)
+    at = {point[0]["id"]: dt.datetime.fromisoformat(point[0]["measured_at"]).timestamp() for point in drawn}
+    first, last = min(at.values()), max(at.values())
+    for tick in up.ticks:
+        y = up.position(tick)
+        _add(root, "line", x1=left, x2=right, y1=y, y2=y, stroke=_FAINT)
+        _text(root, left - 6, y + 4, f"{tick:,.10g}", anchor="end")
+    _text(root, 12, 20, ", ".join(dict.fromkeys(name for _, name, _, _ in drawn)), weight="bold", size="13")
+    for instant, x, anchor in ((first, left, "start"), (last, right, "end")):
+        _text(root, x, bottom + 16, f"{dt.datetime.fromtimestamp(instant, dt.UTC):%Y-%m-%d %H:%M}", anchor=anchor)
+    for number, (name, points) in enumerate(series.items()):
+        colour = _SERIES_COLOURS[number % len(_SERIES_COLOURS)]
+        places = [
+            (
+                left + 8 + (right - left - 16) * (at[entry["id"]] - first) / ((last - first) or 1),
+                figure or 0.0,
+                entry,
+                bounds,
+            )
+            for entry, _, figure, bounds in points
+        ]
+        steady = " ".join(f"{x:.1f},{up.position(y):.1f}" for x, y, entry, _ in places if entry["verdict"] == "stable")
+        _add(root, "polyline", points=steady, fill="none", stroke=colour)
+        for across, figure, entry, bounds in places:
+            _draw_measurement(root, (across, up.position(figure)), entry, colour)
+            if bounds:
+                low, high = (up.position(bound) for bound in bounds)
+                _add(root, "line", x1=across, x2=across, y1=low, y2=high, stroke=colour)
+        _add(root, "circle", cx=18, cy=height + _LINE * number, r=4, fill=colour)
+        _text(root, 28, height + 4 + _LINE * number, name)
+
+
+def _draw_measurement(root: ET.Element, place: tuple[float, float], entry: Mapping[str, Any], colour: str) -> None:
+    x, y = place
+    if entry["verdict"] == "stable":
+        mark = _add(root, "circle", cx=x, cy=y, r=4, fill=colour)
+    else:
+        mark = _add(root, "path", d=f"M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8", stroke=colour)
+    _add(mark, "title").text = f"{entry['id']}, {entry['measured_at']}: {entry['verdict']}"
+
+
+def _name_series(point: Point) -> str:
+    entry, metric, _, _ = point
+    how = entry["ran_on"] or entry["backend"]
+    kind = "" if entry["device_kind"] == "phone" else f" ({entry['device_kind']})"
+    words = (
+        entry["model"],
+        entry["variant"],
+        entry["format"],
+        f"{entry['device_id']}{kind}",
+        f"{how} {entry['threads'] or ''}",
+    )
+    return f"{metric}: {', '.join(str(word).strip() for word in words)}"
 
 
 def _draw_panel(panel: ET.Element, candidates: Sequence[Mapping[str, Any]], axis: Axis) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from service.commands.output import format_error, format_failure, say
+from service.commands.output import format_error, format_failure, format_figure, say
 
 #: Reads the job whole, to learn what its steps are for.
 ReadJob = Callable[[], Mapping[str, Any]]
@@ -74,6 +74,8 @@ class ProgressView:
         elif event["kind"] == "variant" and data["state"] not in ("pending", "running"):
             outcome = format_failure(data["state"], data["error"]) if data.get("error") else data["state"]
             self._display.line(f"variant {data['name']}: {outcome}")
+        elif event["kind"] == "regression":
+            self._display.line(f"{self._find({**data, 'kind': 'benchmark'}).label}: {format_regression(data)}")
         elif event["kind"] == "step":
             self._show_step(self._find(data), data, dt.datetime.fromisoformat(event["created_at"]))
         elif event["kind"] == "progress":
@@ -110,6 +112,18 @@ class ProgressView:
         known = [known for known in self._steps.values() if known.state]
         done = sum(known.state in ("succeeded", "failed", "cancelled") for known in known)
         self._display.count(done, max(len(self._steps), len(known)))
+
+
+def format_regression(data: Mapping[str, Any]) -> str:
+    """Return a regression as a sentence: what became worse, from what, and how sure that is."""
+    before, after = (format_figure(data["metric"], data[name]) for name in ("baseline", "candidate"))
+    bounds = (
+        "" if data["interval"] is None else f", 95 % interval {data['interval'][0]:.3f} to {data['interval'][1]:.3f}"
+    )
+    return (
+        f"REGRESSION, {data['verdict']}: {data['metric']} {after} after {before} (ratio {data['ratio']:.3f}{bounds}); "
+        f"compare with `edgekiln difference {data['baseline_id']} {data['step_id']}`"
+    )
 
 
 def label_step(step: Mapping[str, Any]) -> str:

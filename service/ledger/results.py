@@ -19,6 +19,7 @@ from service.ledger.claims import Claim, LeasePolicy
 from service.ledger.clock import now
 from service.ledger.database import Transaction, writes
 from service.ledger.devices import name_devices
+from service.ledger.events import emit
 from service.ledger.graph import ReusedStep, add_steps
 from service.ledger.keys import Toolchain
 from service.ledger.moves import close_attempt, move_step, settle
@@ -58,6 +59,8 @@ class Success:
     usage: Usage = field(default_factory=Usage)
     #: Of outputs that were uploaded again because a commit had refused them.
     reprieves: Reprieves = field(default_factory=dict)
+    #: What a benchmark found slower or larger than the one before it, as `service.difference` describes it.
+    regressions: Sequence[Mapping[str, Any]] = ()
 
 
 @writes
@@ -95,6 +98,8 @@ def finish_step(
         tx.connection.execute(
             update(Publication).where(Publication.step_id == claim.step_id).values(published_at=now())
         )
+    for regression in success.regressions:
+        emit(tx, filter(None, [claim.job_id]), "regression", {"step_id": claim.step_id, **regression})
     reused = _expand(tx, claim, success.figures, toolchain, benchmark)
     settle(tx, claim.step_id)
     return reused

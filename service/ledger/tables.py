@@ -271,6 +271,15 @@ class Step(Base):
             postgresql_where=text("state = 'running'"),
             sqlite_where=text("state = 'running'"),
         ),
+        # What the history of measurements reads, backwards.
+        Index(
+            "ix_steps_measured",
+            "tenant_id",
+            "finalized_at",
+            "id",
+            postgresql_where=text("kind = 'benchmark' AND state = 'succeeded'"),
+            sqlite_where=text("kind = 'benchmark' AND state = 'succeeded'"),
+        ),
         # A device is leased by the step that runs on it, and by one alone.
         Index(
             "uq_steps_device",

@@ -24,6 +24,7 @@ from service.storage import blob_key
 from service.storage.folder import FolderStore
 from tests.api_routes import list_operations, walk_routes
 from tests.api_world import World
+from tests.measured_play import MeasuredPlay, measured
 
 OWNER, STRANGER = "obsidian", "stranger"
 #: Stands in everything that the owner names.
@@ -95,10 +96,20 @@ def estate(world: World) -> Iterator[Estate]:
         "schedule_id": schedule["id"],
         "key_id": owner.post("/v1/keys", json={"name": f"{MARK} key"}).json()["id"],
         "upload_id": begin_an_upload(owner).rpartition("/")[2],
+        "measurement_id": measure(world, OWNER),
     }
     yield Estate(world, owner, clients[STRANGER], ids, upload["sha256"], request)
     for client in clients.values():
         client.close()
+
+
+def measure(world: World, tenant_id: str) -> str:
+    """Have something measured, by one who names it as the owner does, and return the measurement's id."""
+    play = MeasuredPlay(world, tenant_id)
+    name = f"{MARK}, measured" if tenant_id == OWNER else "measured"
+    play.source = {"kind": "folder", "path": str(world.models / name)}
+    job = play.job(play.measure(measured()))
+    return str(next(step["id"] for step in job["steps"] if step["kind"] == "benchmark"))
 
 
 def begin_an_upload(client: TestClient) -> str:
@@ -189,6 +200,16 @@ def register_a_tool(estate: Estate) -> None:
     same(estate.stranger, "POST", "/v1/tools", estate.digest, "f" * 64, ask_with)
 
 
+def compare_measurements(estate: Estate) -> None:
+    """The owner's measurements, on either side, are as if they were not there."""
+    own = estate.ids["measurement_id"]
+    found = estate.owner.get("/v1/measurements/difference", params={"baseline": own, "candidate": own})
+    assert found.status_code == 200, f"control: {found.text}"
+    theirs = measure(estate.world, STRANGER)
+    for query in (f"baseline={{}}&candidate={theirs}", f"baseline={theirs}&candidate={{}}"):
+        same(estate.stranger, "GET", f"/v1/measurements/difference?{query}", own, "step_0", status=404)
+
+
 def set_a_token(estate: Estate) -> None:
     """Tokens are each tenant's own."""
     before = estate.owner.get("/v1/tokens").json()
@@ -208,13 +229,14 @@ WITHOUT_IDS: dict[tuple[str, str], Callable[[Estate], None]] = {
         ("GET", path): look(path)
         for path in (
             *("/v1/jobs", "/v1/uploads", "/v1/schedules", "/v1/keys", "/v1/tokens", "/v1/uploads/resumable"),
-            *("/v1/devices", "/v1/tools", "/v1/recipes", "/healthz", "/readyz", "/openapi.json"),
+            *("/v1/measurements", "/v1/devices", "/v1/tools", "/v1/recipes", "/healthz", "/readyz", "/openapi.json"),
         )
     },
     ("HEAD", "/openapi.json"): look("/openapi.json"),
     ("POST", "/v1/jobs"): submit_a_job,
     ("POST", "/v1/schedules"): add_a_schedule,
     ("POST", "/v1/tools"): register_a_tool,
+    ("GET", "/v1/measurements/difference"): compare_measurements,
     # From here on the stranger has the owner's bytes too.
     ("POST", "/v1/uploads"): upload_a_file,
     ("POST", "/v1/uploads/resumable"): upload_in_pieces,
