@@ -114,7 +114,7 @@ def find_regressions(
 
 
 def _select_places() -> Any:
-    """Steps with the job that wanted them, and its variant: a later benchmark serves the variant that it measured too."""
+    """Steps with the job that wanted them and its variant; a later benchmark serves the variant it measured too."""
     return (
         select(
             Step.id, Step.figures, Step.finalized_at, Variant.name.label("variant"), Job.id.label("job_id"), Job.request
