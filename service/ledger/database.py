@@ -186,7 +186,10 @@ def asks(
 
 
 def migrate(url: str, revision: str = "head") -> None:
-    """Bring the database to the newest schema, or to `revision`; safe when several processes start at once."""
+    """Bring the database to the newest schema, or to `revision`; safe when several processes start at once.
+
+    One that a newer version has migrated stays as it is: its tables and columns are there (`tests/migration`).
+    """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import inspect, update
 
 from service.ledger.clock import now
 from service.ledger.tables import Worker
-from service.queue import RUN_TASK, make_app
+from service.queue import make_app
 from service.settings import load_settings
 from tests.kiln import wait_for
 from tests.light_fleet import LONG_LEASE, LightFleet, light_fleet
@@ -91,11 +91,42 @@ def test_an_upgrade_of_the_tools_fails_no_job(fleet: LightFleet) -> None:
     assert fleet.attempts(fetched["id"]) == [("one", "succeeded")], "what was finished is kept"
 
 
+def migrate_further(fleet: LightFleet) -> None:
+    """Do to every table what a migration of the next version may do to it (`tests/migration/test_rolling.py`)."""
+    tables = inspect(fleet.database.engine).get_table_names()
+    with fleet.database.engine.begin() as connection:
+        for table in tables:
+            if table != "alembic_version":
+                connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN newer_fact TEXT")
+                connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN newer_count INTEGER DEFAULT 0 NOT NULL")
+        connection.exec_driver_sql("CREATE TABLE newer (id TEXT PRIMARY KEY)")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
+
+
+def test_processes_of_the_version_before_go_on_with_the_new_schema(fleet: LightFleet) -> None:
+    """These are the old ones: what the schema gets in the midst of their work is the next version's."""
+    fleet.start_worker("one", **NO_CONVERT)
+    before = fleet.submit(fleet.write_model("before"))
+    wait_for(lambda: any(step["kind"] == "convert" for step in fleet.client.get(before)["steps"]), "a plan")
+    migrate_further(fleet)
+    after = fleet.submit(fleet.write_model("after"))
+    # Started again, as by an orchestrator in the midst of the upgrade.
+    fleet.start_worker("two")
+    for job_id in (before, after):
+        assert fleet.client.wait(job_id)["state"] == "succeeded"
+    assert "one" in fleet.hosts_of(before)
+    assert "two" in fleet.hosts_of(after)
+    assert "a newer version has migrated the ledger" in fleet.log
+
+
 def test_a_worker_understands_the_messages_of_the_version_before(fleet: LightFleet) -> None:
     job_id = fleet.submit(fleet.write_model("asked"))
     fleet.start_worker("one", sweep_s=3600)
     settings = load_settings({"data_dir": fleet.folder / "data"})
     with make_app(settings) as app:
-        # As it was written then; what a message says beside the class would be passed over, too.
-        app.send_task(RUN_TASK, args=("fetch",), queue="fetch", headers={"unheard": "of"}, ignore_result=True)
+        # As 0.1.0 writes them, word by word: names of tasks and queues, and their arguments, are wire format.
+        app.send_task("ledger.prune", queue="light", ignore_result=True)
+        # What a message says beside the class is passed over.
+        app.send_task("step.run", args=("fetch",), queue="fetch", headers={"unheard": "of"}, ignore_result=True)
     assert fleet.client.wait(job_id)["state"] == "succeeded"
+    assert "unregistered task" not in fleet.log.lower()
