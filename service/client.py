@@ -471,6 +471,11 @@ class Client:
         path = f"/v1/artifacts/{_segment(artifact_id)}/benchmarks"
         return self._call("POST", path, json={"devices": [*devices], **how}, headers=headers)
 
+    def fit(self, artifact_id: str, device: str | None = None, backend: str = "cpu") -> Document:
+        """Return what an artifact will take on phones (`devices`), as far as measurements bear it."""
+        query = {"backend": backend, **({"device": device} if device else {})}
+        return self._call("GET", f"/v1/artifacts/{_segment(artifact_id)}/fit", params=query)
+
     def measurements(self, artifact_id: str) -> Documents:
         """Return what was measured of an artifact, each with the `url` of its whole document."""
         path = f"/v1/artifacts/{_segment(artifact_id)}/measurements"

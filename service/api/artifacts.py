@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Body, Header, Path, Request
+from fastapi import APIRouter, Body, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from service import tracing
+from service import fit, tracing
 from service.api.context import ContextOf, ReadTenant, WriteTenant
 from service.api.jobs import IdempotencyKey, JobId, answer_submission
 from service.api.ranges import matches, parse_range
-from service.api.schemas import ArtifactList, JobDocument, MeasurementList, answers, problem_responses
+from service.api.schemas import ArtifactList, FitDocument, JobDocument, MeasurementList, answers, problem_responses
 from service.errors import NotFound
-from service.ledger import benchmarks, measurements, views
+from service.ledger import benchmarks, measurements, peaks, views
 from service.requests import BenchmarkRequest
 from service.storage import blob_key, check_stream, read_object
 
@@ -222,6 +222,34 @@ def read_measurement(
         media_type="application/json",
         headers={"ETag": f'"{digest}"', "X-Content-Type-Options": "nosniff"},
     )
+
+
+@router.get(
+    "/artifacts/{artifact_id}/fit",
+    summary="Will an artifact fit?",
+    response_model=None,
+    responses={
+        **answers(FitDocument, "What it will take on each phone, and whether it is there."),
+        **problem_responses(404),
+    },
+)
+def predict_fit(
+    context: ContextOf,
+    tenant_id: ReadTenant,
+    artifact_id: ArtifactId,
+    device: Annotated[
+        str | None, Query(max_length=400, description="Which phones, as a job selects them; all without.")
+    ] = None,
+    backend: Annotated[Literal["cpu", "gpu", "npu"], Query(description="What it is to compute on.")] = "cpu",
+) -> JSONResponse:
+    """Return the artifact's predicted peak memory on phones, from the tenant's own measurements."""
+    found = peaks.read_evidence(context.database, tenant_id, artifact_id, device)
+    told = [
+        fit.describe(fit.predict(found.shape, each["id"], each["kind"], backend, found.peaks), each)
+        for each in found.devices
+    ]
+    shape = {"artifact_id": artifact_id, "size_bytes": found.shape.size_bytes, "backend": backend}
+    return JSONResponse({**shape, "devices": told})
 
 
 def _disposition(name: str) -> str:

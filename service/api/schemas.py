@@ -583,6 +583,40 @@ class DifferenceDocument(_Document):
     changes: list[ChangeDocument]
 
 
+class RangeDocument(_Document):
+    """A predicted figure."""
+
+    estimate: int
+    low: int
+    high: int
+
+
+class DeviceFit(_Document):
+    """What an artifact will take on one phone."""
+
+    id: str
+    kind: Literal["phone", "virtual"]
+    name: str
+    state: str
+    memory_bytes: int | None
+    memory_available_bytes: int | None = Field(description="What it had to give when it was last measured on.")
+    memory_available_at: datetime | None
+    verdict: Literal["fits", "tight", "doubtful", "too_large", "unknown"]
+    sentence: str = Field(description="Why, and what it was made of.")
+    basis: Literal["device", "artifact", "model", "nothing"]
+    count: int = Field(description="Measurements, or artifacts where a model was fitted.")
+    predicted: dict[str, RangeDocument] = Field(description="Peak -> bytes; empty where nothing bears a prediction.")
+
+
+class FitDocument(_Document):
+    """What an artifact will take on phones."""
+
+    artifact_id: str
+    size_bytes: int
+    backend: str
+    devices: list[DeviceFit]
+
+
 _PROBLEM_TEXTS = {
     401: "An API key is needed, or the one given is not valid.",
     403: "The folder, the origin or the key does not allow it.",

@@ -152,19 +152,19 @@ def name_devices(connection: Connection, asked: Sequence[str]) -> list[str]:
         if text != HOST and parse_selector(text).is_all:
             present = select(Device.__table__).where(Device.state == DeviceState.READY).order_by(Device.id)
             selector = parse_selector(text)
-            found = [f"serial={row.id}" for row in connection.execute(present) if selector.fits(_offer(row))]
+            found = [f"serial={row.id}" for row in connection.execute(present) if selector.fits(describe_offer(row))]
         named.update(dict.fromkeys(found or [text]))
     return list(named)
 
 
-def _offer(row: Any) -> dict[str, Any]:
+def describe_offer(row: Any) -> dict[str, Any]:
     """What a selector is held against."""
     return {**row.record, "serial": row.id, "tags": row.tags}
 
 
 def find_steps_for_device(tx: Transaction, device: Any) -> list[str]:
     """Return the due steps that a phone fits, the next one first."""
-    offer = _offer(device)
+    offer = describe_offer(device)
     found: list[str] = []
     for tenant_id in find_tenants_in_turn(tx, PHONE_CLASS):
         due = select_due(PHONE_CLASS, Step.tenant_id == tenant_id).add_columns(Step.params)
