@@ -22,6 +22,8 @@ from service.units import format_bytes
 PEAKS = ("peak_rss_bytes", "peak_anon_bytes", "peak_pss_bytes")
 #: Three coefficients, and each artifact is left out once to see how wrong they are.
 _FEWEST_ARTIFACTS = 5
+#: Of those that were measured last; each is one fit.
+_MOST_ARTIFACTS = 60
 #: How far beyond what was measured the model is believed.
 _REACH = 2.0
 
@@ -85,18 +87,39 @@ class Prediction:
 
 
 def predict(shape: Shape, device_id: str, kind: str, backend: str, known: Sequence[Peak]) -> Prediction:
-    """Return what an artifact will take on a device, by the best source that `known` holds."""
+    """Return what an artifact will take on a device, by the best source that `known` holds, the newest first."""
     fitting = [peak for peak in known if (peak.kind, peak.backend) == (kind, backend)]
     same = [peak for peak in fitting if peak.shape.digest == shape.digest]
+    if same:
+        return _repeat(device_id, same)
+    return _model(
+        shape, [peak for peak in fitting if (peak.shape.format, peak.shape.engine) == (shape.format, shape.engine)]
+    )
+
+
+def predict_all(
+    shape: Shape, devices: Sequence[Mapping[str, Any]], backend: str, known: Sequence[Peak]
+) -> list[dict[str, Any]]:
+    """Do it for each of `devices`, as `service.ledger.peaks` reads them, and return the wire form, with verdicts."""
+    of_each_kind: dict[str, Prediction] = {}
+    answers = []
+    for device in devices:
+        kind = device["kind"]
+        found = of_each_kind.get(kind) or predict(shape, device["id"], kind, backend, known)
+        if found.basis in ("model", "nothing"):
+            # No device makes a difference to it.
+            of_each_kind[kind] = found
+        answers.append(describe(found, device))
+    return answers
+
+
+def _repeat(device_id: str, same: Sequence[Peak]) -> Prediction:
     here = [peak for peak in same if peak.device_id == device_id]
     if here:
         return Prediction("device", len(here), _span(here), f"Measured here, {_count(len(here), 'time')}.")
-    if same:
-        devices = len({peak.device_id for peak in same})
-        sentence = f"Measured {_count(len(same), 'time')} on {_count(devices, 'other device')} of its kind."
-        return Prediction("artifact", len(same), _span(same), sentence)
-    alike = [peak for peak in fitting if (peak.shape.format, peak.shape.engine) == (shape.format, shape.engine)]
-    return _model(shape, alike)
+    devices = len({peak.device_id for peak in same})
+    sentence = f"Measured {_count(len(same), 'time')} on {_count(devices, 'other device')} of its kind."
+    return Prediction("artifact", len(same), _span(same), sentence)
 
 
 def _count(number: int, what: str) -> str:
@@ -113,7 +136,7 @@ def _model(shape: Shape, alike: Sequence[Peak]) -> Prediction:
     """Predict from artifacts that are like it, or say why not."""
     if not alike:
         return Prediction("nothing", 0, {}, "Nothing like it was measured yet on a device of this kind and backend.")
-    count = len({peak.shape.digest for peak in alike})
+    count = min(_MOST_ARTIFACTS, len({peak.shape.digest for peak in alike}))
     if count < _FEWEST_ARTIFACTS:
         sentence = f"{_count(count, 'artifact')} like it measured; a prediction needs {_FEWEST_ARTIFACTS}."
         return Prediction("nothing", count, {}, sentence)
@@ -138,7 +161,7 @@ def _fit(shape: Shape, name: str, alike: Sequence[Peak]) -> Range | None:
             largest[peak.shape] = max(largest.get(peak.shape, 0.0), float(peak.figures[name]))
     if len(largest) < _FEWEST_ARTIFACTS:
         return None
-    points = list(largest.items())
+    points = list(largest.items())[:_MOST_ARTIFACTS]
     errors = [1.0]
     for left_out, (other, seen) in enumerate(points):
         guess = _evaluate(_solve(points[:left_out] + points[left_out + 1 :]), other)

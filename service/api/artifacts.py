@@ -244,10 +244,7 @@ def predict_fit(
 ) -> JSONResponse:
     """Return the artifact's predicted peak memory on phones, from the tenant's own measurements."""
     found = peaks.read_evidence(context.database, tenant_id, artifact_id, device)
-    told = [
-        fit.describe(fit.predict(found.shape, each["id"], each["kind"], backend, found.peaks), each)
-        for each in found.devices
-    ]
+    told = fit.predict_all(found.shape, found.devices, backend, found.peaks)
     shape = {"artifact_id": artifact_id, "size_bytes": found.shape.size_bytes, "backend": backend}
     return JSONResponse({**shape, "devices": told})
 

@@ -18,6 +18,9 @@ from service.ledger.devices import describe_offer
 from service.ledger.states import StepState
 from service.ledger.tables import Device, JobStep, Publication, Step, Variant, VariantStep
 
+#: How many of a tenant's latest benchmarks are looked through.
+_MOST_ROWS = 5000
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -26,6 +29,7 @@ class Evidence:
     shape: Shape
     #: `id`, `kind`, `name`, `state`, `memory_bytes`, `memory_available_bytes` and when that was seen.
     devices: tuple[dict[str, Any], ...]
+    #: The newest first.
     peaks: tuple[Peak, ...]
 
 
@@ -44,10 +48,12 @@ def read_evidence(connection: Connection, tenant_id: str, artifact_id: str, sele
         .join(VariantStep, VariantStep.variant_id == Publication.variant_id)
         .join(Step, Step.id == VariantStep.step_id)
         .where(Step.kind == "benchmark", Step.resource_class == PHONE_CLASS, Step.state == StepState.SUCCEEDED)
-        .order_by(Step.finalized_at)
+        .order_by(Step.finalized_at.desc(), Step.id.desc())
+        .limit(_MOST_ROWS)
     )
-    peaks, available = [], {}
-    for row in connection.execute(measured):
+    peaks: list[Peak] = []
+    available: dict[str, tuple[int, str]] = {}
+    for row in connection.execute(measured.execution_options(yield_per=50)):
         figures, device = row.figures, row.figures["device"]
         if row.params["format"] != row.kind:
             continue
@@ -56,7 +62,8 @@ def read_evidence(connection: Connection, tenant_id: str, artifact_id: str, sele
         peaks.append(Peak(_shape_of(row), device["serial"], device["kind"], backend, seen))
         conditions = (figures.get("conditions") or {}).get("before") or {}
         if conditions.get("memory_available_bytes"):
-            available[device["serial"]] = (conditions["memory_available_bytes"], row.finalized_at.isoformat())
+            seen_last = conditions["memory_available_bytes"], row.finalized_at.isoformat()
+            available.setdefault(device["serial"], seen_last)
     return Evidence(_shape_of(artifact), tuple(_read_devices(connection, selector, available)), tuple(peaks))
 
 

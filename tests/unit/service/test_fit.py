@@ -137,3 +137,21 @@ def test_verdicts(available_bytes: int | None, verdict: str) -> None:
     found = fit.Prediction("model", 9, {"peak_rss_bytes": rss, "peak_anon_bytes": anon}, "Predicted.")
     assert judge(found, 8000, available_bytes)[0] == verdict
     assert judge(found, 150, available_bytes)[0] == "too_large", "more than the device has at all"
+
+
+def test_devices_of_a_kind_share_a_model_and_nothing_else() -> None:
+    devices = [
+        {"id": name, "kind": kind, "memory_bytes": 8 << 30, "memory_available_bytes": available_bytes}
+        for name, kind, available_bytes in (("A", "phone", 4 << 30), ("B", "phone", 1 << 20), ("V", "virtual", 4 << 30))
+    ]
+    found = {each["id"]: each for each in fit.predict_all(OWN, devices, "cpu", measured())}
+    assert {name: (each["verdict"], each["basis"]) for name, each in found.items()} == {
+        "A": ("fits", "model"),
+        "B": ("too_large", "model"),
+        "V": ("unknown", "nothing"),
+    }
+    assert found["A"]["predicted"] == found["B"]["predicted"]
+    known = [*measured(), peak(OWN, 500, "B"), peak(OWN, 700, "C")]
+    found = {each["id"]: each for each in fit.predict_all(OWN, devices, "cpu", known)}
+    assert (found["A"]["basis"], found["A"]["predicted"]["peak_rss_bytes"]["estimate"]) == ("artifact", 700)
+    assert (found["B"]["basis"], found["B"]["predicted"]["peak_rss_bytes"]["estimate"]) == ("device", 500)
