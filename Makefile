@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_DIR ?= out/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-fast test-families test-templates chaos check format clean
+.PHONY: help install demo up test test-fast test-families test-templates test-device chaos check format clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ test-families: install ## Convert and prove every family, and write docs/support
 
 test-templates: install ## Make and prove a graph template of every family (about half an hour on 2 cores)
 	$(BIN)/python -m pytest tests/families/test_templates.py
+
+SERIAL ?=
+
+test-device: install ## Hold an attached phone to what EdgeKiln counts on: SERIAL=... as `adb devices` lists it
+	@[ -n "$(SERIAL)" ] || { echo "Name the phone: make test-device SERIAL=..., as adb devices lists it"; exit 1; }
+	EDGEKILN_TEST_SERIAL='$(SERIAL)' $(BIN)/python -m pytest -v tests/devices
 
 # What the long form is made of; the same seed plays the same faults.
 SEED := $(or $(SEED),$(shell date +%s))
