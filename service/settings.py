@@ -132,6 +132,12 @@ class Settings(BaseSettings):
     cool_down_s: float = Field(default=600.0, ge=0)
     #: How long a phone that was started again may take until it answers.
     boot_s: float = Field(default=180.0, gt=0)
+    #: How long a phone may take for an answer that it has at hand; one that takes longer hangs.
+    device_answer_s: float = Field(default=20.0, gt=0)
+    #: How long one process of a tool may run on a phone.
+    device_process_s: float = Field(default=600.0, ge=1)
+    #: Program that switches a phone's power off and on again; gets its serial number. Empty means none.
+    power_cycle_program: str = ""
 
     #: Anonymous memory one step may use; 0 means nine tenths of what this process may use of the host's.
     step_memory_bytes: int = Field(default=0, ge=0)
@@ -192,6 +198,13 @@ class Settings(BaseSettings):
     def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for network in value:
             ipaddress.ip_network(network)
+        return value
+
+    @field_validator("power_cycle_program")
+    @classmethod
+    def _is_program(cls, value: str) -> str:
+        if value and not (Path(value).is_absolute() and os.access(value, os.X_OK)):
+            raise ValueError("it must be the absolute path of a program that may be run")
         return value
 
     @field_validator("data_dir")

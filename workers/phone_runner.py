@@ -21,6 +21,7 @@ from typing import Any
 from service.devices import TOOLS
 from service.errors import DeviceFull, DeviceHot, DeviceHung, DeviceLost, DeviceUnauthorized, EdgeKilnError
 from service.ledger import claims, tools
+from service.settings import Settings
 from workers.catalog import MEASURE_PHONE, PREPARE_PHONE
 from workers.devices.adb import Adb
 from workers.devices.smoke import NEEDED_FILES
@@ -43,8 +44,13 @@ class Seat:
     record: Mapping[str, Any]
 
 
-#: What is the phone's own, whatever was measured on it.
-PHONE_FAULTS = (DeviceLost, DeviceHung, DeviceUnauthorized, DeviceFull, DeviceHot)
+def open_adb(settings: Settings) -> Adb:
+    """Return the adb server that a device worker follows."""
+    return Adb(settings.adb_host, settings.adb_port, settings.device_answer_s)
+
+
+#: Codes of what is the phone's own, whatever was measured on it; from a child, an error has nothing else of its class.
+PHONE_FAULTS = frozenset(error.code for error in (DeviceLost, DeviceHung, DeviceUnauthorized, DeviceFull, DeviceHot))
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class PhoneOutcome:
     """How a run on a phone ended."""
 
     has_succeeded: bool
-    #: The phone failed; requests that no tool can meet, models that crash and cancelled runs are not its fault.
-    is_phones_fault: bool
+    #: Code of how the phone failed; requests that no tool can meet, models that crash and cancelled runs are not its
+    #: fault.
+    fault: str | None
 
 
 class PhoneRunner(Runner):
@@ -63,8 +70,8 @@ class PhoneRunner(Runner):
         super().__init__(*arguments, **options)
         #: Step -> the phone it runs on.
         self._seats: dict[str, Seat] = {}
-        #: Those of them whose phone failed, whoever asked for what.
-        self._let_down: set[str] = set()
+        #: Those of them whose phone failed, whoever asked for what, and how.
+        self._let_down: dict[str, str] = {}
 
     def run_on(self, seat: Seat) -> PhoneOutcome | None:
         """Claim and run one step on a phone; return how it ended, or None when there was none."""
@@ -77,9 +84,9 @@ class PhoneRunner(Runner):
         self._count(claim.resource_class, 1)
         try:
             outcome = self._perform(claim)
-            return PhoneOutcome(outcome == "succeeded", claim.step_id in self._let_down)
+            return PhoneOutcome(outcome == "succeeded", self._let_down.get(claim.step_id))
         finally:
-            self._let_down.discard(claim.step_id)
+            self._let_down.pop(claim.step_id, None)
             del self._seats[claim.step_id]
 
     def _run_child(self, claim: claims.Claim, step_dir: Path, transfer: Transfer, keeper: LeaseKeeper) -> ChildResult:
@@ -94,8 +101,9 @@ class PhoneRunner(Runner):
             if result.error is None and result.stopped is None:
                 claims.pin_attempt(self._database, claim)
                 result = self._start_child(claim, MEASURE_PHONE, params, inputs, step_dir, keeper)
-            if isinstance(result.error, PHONE_FAULTS):
-                self._let_down.add(claim.step_id)
+            code = result.error.to_json()["code"] if result.error else None
+            if code in PHONE_FAULTS:
+                self._let_down[claim.step_id] = code
             return result
         finally:
             self._leave(seat)
@@ -114,11 +122,13 @@ class PhoneRunner(Runner):
         return {
             "adb_host": self._settings.adb_host,
             "adb_port": self._settings.adb_port,
+            "answer_s": self._settings.device_answer_s,
             "serial": seat.serial,
             "record": dict(seat.record),
             # The fencing token is in the name: whoever comes later takes away what an earlier one left.
             "run": f"{claim.step_id}-{claim.token}",
             "cool_down_s": self._settings.cool_down_s,
+            "process_deadline_s": self._settings.device_process_s,
             "tool": tool.to_json(),
             "logit_range": _find_logit_range(claim),
         }
@@ -126,7 +136,7 @@ class PhoneRunner(Runner):
     def _leave(self, seat: Seat) -> None:
         """Take away what is ours; where the phone does not answer, whoever sees it next does."""
         try:
-            close_runs(Adb(self._settings.adb_host, self._settings.adb_port).phone(seat.serial))
+            close_runs(open_adb(self._settings).phone(seat.serial))
         except EdgeKilnError as error:
             log.warning("%s could not be cleaned now: %s", seat.device_id, error)
 

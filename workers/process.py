@@ -6,6 +6,7 @@ tests build one without Celery.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import shutil
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import EdgeKilnError
 from service.host_cache import trim_cache
-from service.ledger import access, claims, fleet, housekeeping, schedules
+from service.ledger import access, claims, devices, fleet, housekeeping, schedules
 from service.ledger.database import Database, migrate
 from service.ledger.keys import Toolchain
 from service.machine import count_memory_bytes, find_usable_cores
@@ -28,6 +29,7 @@ from service.sources import admit_source
 from service.storage import open_configured_store
 from service.sweep import read_retention, sweep_store
 from workers.catalog import PRELOADS, read_toolchain
+from workers.devices.conditions import describe_host
 from workers.runner import Runner
 from workers.sandbox import Sandbox, probe_isolation
 from workers.work_dir import WorkDir
@@ -45,6 +47,11 @@ def identify_host() -> str:
     machine_id = Path("/etc/machine-id")
     suffix = machine_id.read_text().strip()[:8] if machine_id.exists() else ""
     return f"{platform.node()}-{suffix}".strip("-")
+
+
+def _name_host_device(host_id: str) -> str:
+    """Return the id of a host as a device; every tenant sees it, so it does not hold the host's name."""
+    return f"host-{hashlib.sha256(host_id.encode()).hexdigest()[:12]}"
 
 
 class WorkerProcess:
@@ -69,9 +76,10 @@ class WorkerProcess:
         isolation = probe_isolation()
         settings.work_dir.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(settings.work_dir)
+        host_id = settings.host_name or identify_host()
         self.worker_id = fleet.register_worker(
             self.database,
-            settings.host_name or identify_host(),
+            host_id,
             cores=cores,
             memory_bytes=count_memory_bytes(),
             memory_limit_bytes=settings.memory_limit_bytes,
@@ -81,6 +89,8 @@ class WorkerProcess:
             disk_bytes=disk.total,
             disk_free_bytes=disk.free,
         )
+        if (settings.slots() if slots is None else slots).get("device", 0) > 0:
+            devices.enter_host(self.database, self.worker_id, _name_host_device(host_id), describe_host())
         self._work_dir = WorkDir(settings.work_dir, self.worker_id)
         self.sandbox = Sandbox(PRELOADS, threads=cores, home_root=self._work_dir.path)
         self.store = open_configured_store(settings)

@@ -1,6 +1,7 @@
 """What every handler gets: settings, ledger, store, and whose request it is. Nothing else is global.
 
-A handler declares the scope that it demands by how it asks for the tenant: `ReadTenant`, `WriteTenant`, `OperatorOf`.
+A handler declares the scope that it demands by how it asks for the tenant: `ReadTenant` and `ReaderOf`,
+`WriteTenant`, `OperatorOf`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def get_reader(request: Request) -> str:
     return _find_caller(request, Scope.READ).tenant_id
 
 
+def get_reading_caller(request: Request) -> Caller:
+    """Return whose request this is, who may read."""
+    return _find_caller(request, Scope.READ)
+
+
 def get_writer(request: Request) -> str:
     """Return the tenant whose work may be changed."""
     return _find_caller(request, Scope.WRITE).tenant_id
@@ -71,7 +77,12 @@ def _find_caller(request: Request, scope: Scope) -> Caller:
 
 
 #: What a handler depends on -> the scope that it thereby demands.
-_DEMANDS = {get_reader: Scope.READ, get_writer: Scope.WRITE, get_operator: Scope.OPERATE}
+_DEMANDS = {
+    get_reader: Scope.READ,
+    get_reading_caller: Scope.READ,
+    get_writer: Scope.WRITE,
+    get_operator: Scope.OPERATE,
+}
 
 
 def find_scopes(dependant: Dependant) -> set[Scope]:
@@ -82,5 +93,6 @@ def find_scopes(dependant: Dependant) -> set[Scope]:
 
 ContextOf = Annotated[Context, Depends(get_context)]
 ReadTenant = Annotated[str, Depends(get_reader)]
+ReaderOf = Annotated[Caller, Depends(get_reading_caller)]
 WriteTenant = Annotated[str, Depends(get_writer)]
 OperatorOf = Annotated[Caller, Depends(get_operator)]

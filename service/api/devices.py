@@ -8,11 +8,12 @@ from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from service.api.context import ContextOf, OperatorOf, ReadTenant
+from service.api.context import ContextOf, OperatorOf, ReaderOf, ReadTenant
 from service.api.schemas import DeviceList, NewTool, ToolList, answers, problem_responses
 from service.devices import TOOLS
 from service.errors import InvalidRequest
 from service.ledger import devices, tools
+from service.ledger.access import Scope
 from service.ledger.rebenchmarks import start_rebenchmarks
 from service.recipes import require_known
 from service.requests import UploadDigest
@@ -53,11 +54,12 @@ class TagRequest(BaseModel):
     "/devices",
     summary="List devices",
     response_model=None,
-    responses=answers(DeviceList, "Every phone that was ever attached, by id."),
+    responses=answers(DeviceList, "Every phone that was ever attached, and every host that measures, by id."),
 )
-def list_devices(context: ContextOf, _tenant: ReadTenant) -> JSONResponse:
-    """Return the phones: what each is, how it is, and how it can be selected."""
-    return JSONResponse({"devices": devices.list_devices(context.database)})
+def list_devices(context: ContextOf, reader: ReaderOf) -> JSONResponse:
+    """Return the devices: what each is, how it is, how it can be selected; why and where, to operators."""
+    for_operator = Scope.OPERATE in reader.scopes
+    return JSONResponse({"devices": devices.list_devices(context.database, for_operator=for_operator)})
 
 
 @router.put(

@@ -466,26 +466,30 @@ class TokenList(_Document):
 
 
 class DeviceDocument(_Document):
-    """A phone: what it is, and how it is."""
+    """A phone or a host: what it is, and how it is."""
 
     id: str
-    kind: Literal["phone", "virtual"] = Field(description="`virtual`: it says of itself that it is no phone.")
+    kind: Literal["phone", "virtual", "host", "unknown"] = Field(
+        description="`virtual`: it says of itself that it is no phone; `unknown`: it has never answered."
+    )
     state: Literal["ready", "busy", "absent", "offline", "unauthorized", "quarantined"]
-    reason: str | None = Field(description="Why it is not ready.")
+    reason: str | None = Field(description="Why it is not ready; in full for operators.")
     tags: list[str]
     manufacturer: str | None
     model: str | None
     soc: str | None
     android: int | None
+    os: str | None = Field(examples=["Android 15"])
     abi: str | None
+    cores: int | None
     ram_gib: float | None = Field(description="As sold; `memory_bytes` is what the kernel has of it.")
-    connections: list[str] = Field(description="adb's serial numbers for it.")
-    host: str | None = Field(description="Of the device worker that follows it.")
+    connections: list[str] = Field(description="adb's serial numbers for it; for operators.")
+    host: str | None = Field(description="Of the worker that follows it; for operators.")
     seen_at: datetime
 
 
 class DeviceList(_Document):
-    """The phones."""
+    """The devices."""
 
     devices: list[DeviceDocument]
 

@@ -40,7 +40,7 @@ TOOLS_EPILOG = """Examples:
 
 DeviceId = Annotated[str, typer.Argument(metavar="ID", help="A phone's serial number, as `edgekiln devices` lists it.")]
 
-devices = typer.Typer(help="Show phones, name them, take them out of quarantine.", epilog=DEVICES_EPILOG)
+devices = typer.Typer(help="Show devices, name them, take them out of quarantine.", epilog=DEVICES_EPILOG)
 tools = typer.Typer(help="Show and register what measures on phones.", epilog=TOOLS_EPILOG)
 
 
@@ -74,7 +74,7 @@ def list_devices(
     url: options.Url = None,
     api_key: options.ApiKey = None,
 ) -> None:
-    """Show every phone that was ever attached: what it is, and how it is."""
+    """Show every phone that was ever attached, and the hosts that measure: what each is, and how it is."""
     if context.invoked_subcommand is not None:
         return
     with options.connect(url, api_key) as client:
@@ -82,7 +82,7 @@ def list_devices(
     if as_json:
         print_json(found)
         return
-    columns = ("serial", "state", "model", "SoC", "Android", "RAM", "ABI", "tags")
+    columns = ("serial", "state", "kind", "model", "SoC", "system", "RAM", "ABI", "tags")
     print_table(columns, [_device_row(device) for device in found])
     for device in found:
         if device["reason"]:
@@ -90,14 +90,14 @@ def list_devices(
 
 
 def _device_row(device: Mapping[str, Any]) -> list[str]:
-    label = " (virtual)" if device["kind"] == "virtual" else ""
     ram = f"{device['ram_gib']:g} GiB" if device["ram_gib"] else "-"
     return [
         device["id"],
         device["state"],
-        f"{device['manufacturer'] or ''} {device['model'] or ''}{label}".strip() or "-",
+        device["kind"],
+        f"{device['manufacturer'] or ''} {device['model'] or ''}".strip() or "-",
         device["soc"] or "-",
-        str(device["android"] or "-"),
+        device.get("os") or "-",
         ram,
         device["abi"] or "-",
         ", ".join(device["tags"]) or "-",

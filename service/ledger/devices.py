@@ -1,4 +1,4 @@
-"""Phones as the ledger knows them: who follows which, how it is, what it runs, and who may claim for it.
+"""Devices as the ledger knows them: who follows which phone, how it is, what it runs, who may claim for it; and hosts.
 
 A phone is leased by the step that runs on it: no lease of its own can outlive the step's, and nobody takes a phone from
 a live run. Called by the device worker, `service.api`, and when a plan's devices are named.
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, and_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, select, update
 
 from service.devices import HOST, PHONE_CLASS, parse_selector
 from service.errors import NotFound
@@ -24,38 +24,115 @@ from service.ledger.tables import Device, Step, Worker
 
 #: How many steps that fit are offered for a tenant's turn: others may take the first ones meanwhile.
 _OFFERED = 20
+#: What is known of a phone that has not answered yet: nothing.
+_UNKNOWN: Mapping[str, Any] = {
+    "kind": "unknown",
+    **dict.fromkeys(("manufacturer", "model", "device", "soc", "android", "os", "abi", "cores", "ram_gib")),
+}
+_WORKER_ENDED = "Its device worker has ended."
+_WORKER_SILENT = "Its device worker is silent."
+_NO_HOST = (DeviceState.ABSENT, "None of its workers measures.")
+#: What everybody is told.
+_PUBLIC_REASONS: Mapping[str, str] = {
+    DeviceState.ABSENT: "It is not attached.",
+    DeviceState.OFFLINE: "It does not answer.",
+    DeviceState.UNAUTHORIZED: "It waits for a person.",
+    DeviceState.QUARANTINED: "It was given up, until an operator looks at it.",
+}
 
 
 @writes
 def register_device(
     tx: Transaction, worker_id: str, device_id: str, record: Mapping[str, Any], connections: Sequence[str]
-) -> bool:
-    """Enter a phone that answers, or that it answers again; return whether this worker follows it.
+) -> DeviceState | None:
+    """Enter a phone that answers, or that it answers again; return its state, or None when another follows it.
 
     A phone that another live worker follows stays that worker's: it may be reached over two networks. One that was
     given up stays so until it was away or is released, whatever worker sees it next.
     """
+    known = _hold_device(tx, device_id)
+    if _is_anothers(tx.connection, known, worker_id):
+        return None
+    is_given_up = known.state == DeviceState.QUARANTINED
+    state = DeviceState.QUARANTINED if is_given_up else DeviceState.READY
+    reason = known.reason if is_given_up else None
+    _follow(tx, worker_id, device_id, record, connections, state, reason)
+    return state
+
+
+@writes
+def enter_silent_device(tx: Transaction, worker_id: str, connection: str) -> Mapping[str, Any] | None:
+    """Enter a phone that adb knows and that does not answer this worker; return what is known of it.
+
+    Nobody knows its hardware's serial number yet, so it goes by adb's, which over a cable is the same. None when a
+    worker that lives follows it by this connection already.
+    """
+    rows = tx.connection.execute(select(Device.__table__).where(Device.id != connection)).all()
+    if any(connection in row.connections and _is_followed(tx.connection, row) for row in rows):
+        return None
+    known = _hold_device(tx, connection)
+    if _is_anothers(tx.connection, known, worker_id):
+        return None
+    record = known.record or {**_UNKNOWN, "serial": connection, "name": connection}
+    state = DeviceState.QUARANTINED if known.state == DeviceState.QUARANTINED else DeviceState.OFFLINE
+    _follow(tx, worker_id, connection, record, [connection], state, known.reason)
+    found: Mapping[str, Any] = record
+    return found
+
+
+@writes
+def forget_silent_device(tx: Transaction, worker_id: str, device_id: str) -> None:
+    """Take a phone away that has gone, or has told its own serial number, before it was known by this one."""
+    _forget_unknown(tx, Device.id == device_id, Device.worker_id == worker_id)
+
+
+def _forget_unknown(tx: Transaction, *which: ColumnElement[bool]) -> None:
+    rows = tx.connection.execute(select(Device.id, Device.record).where(*which)).all()
+    unknown = [row.id for row in rows if row.record.get("kind") == "unknown"]
+    tx.connection.execute(delete(Device).where(Device.id.in_(unknown)))
+
+
+def _hold_device(tx: Transaction, device_id: str) -> Any:
+    """Return a device's row, locked; an empty one where there was none."""
+    empty = {"record": {}, "tags": [], "state": DeviceState.ABSENT, "connections": []}
+    tx.connection.execute(
+        tx.insert(Device)
+        .values(id=device_id, registered_at=now(), seen_at=now(), **empty)
+        .on_conflict_do_nothing(index_elements=["id"])
+    )
     locks.lock_device(tx, device_id)
-    known = tx.connection.execute(
-        select(Device.worker_id, Device.state, Device.reason).where(Device.id == device_id)
-    ).one_or_none()
-    if known is not None and known.worker_id != worker_id and _is_followed(tx.connection, known):
-        return False
-    given_up = known if known is not None and known.state == DeviceState.QUARANTINED else None
+    return tx.connection.execute(select(Device.__table__).where(Device.id == device_id)).one()
+
+
+def _follow(
+    tx: Transaction,
+    worker_id: str,
+    device_id: str,
+    record: Mapping[str, Any],
+    connections: Sequence[str],
+    state: DeviceState,
+    reason: str | None,
+) -> None:
     values = {
         "record": dict(record),
         "connections": list(connections),
         "worker_id": worker_id,
-        "state": DeviceState.QUARANTINED if given_up else DeviceState.READY,
-        "reason": given_up.reason if given_up else None,
+        "state": state,
+        "reason": reason,
         "seen_at": now(),
     }
-    tx.connection.execute(
-        tx.insert(Device)
-        .values(id=device_id, tags=[], registered_at=now(), **values)
-        .on_conflict_do_update(index_elements=["id"], set_=values)
-    )
-    return True
+    tx.connection.execute(update(Device).where(Device.id == device_id).values(**values))
+
+
+@reads
+def may_follow(connection: Connection, worker_id: str, device_id: str) -> bool:
+    """Whether no other worker that lives follows a phone."""
+    known = connection.execute(select(Device.__table__).where(Device.id == device_id)).one_or_none()
+    return known is None or not _is_anothers(connection, known, worker_id)
+
+
+def _is_anothers(connection: Connection, known: Any, worker_id: str) -> bool:
+    return known.worker_id != worker_id and _is_followed(connection, known)
 
 
 def _is_followed(connection: Connection, known: Any) -> bool:
@@ -65,10 +142,20 @@ def _is_followed(connection: Connection, known: Any) -> bool:
 
 
 @writes
+def enter_host(tx: Transaction, worker_id: str, device_id: str, record: Mapping[str, Any]) -> None:
+    """Enter the host of a worker that measures on it; whether it can be measured on, its workers' lives say."""
+    _hold_device(tx, device_id)
+    _follow(tx, worker_id, device_id, record, [], DeviceState.READY, None)
+
+
+@writes
 def tell_state(
     tx: Transaction, worker_id: str, device_id: str, state: DeviceState, reason: str | None, connections: Sequence[str]
 ) -> None:
-    """Say how a phone is that this worker follows; nothing happens to another's, or to one that never answered."""
+    """Say how a phone is that this worker follows; nothing happens to another's, or to one that never answered.
+
+    Every tenant's operator reads the reason: it must not tell whose work was on the phone, or which.
+    """
     tx.connection.execute(
         update(Device)
         .where(Device.id == device_id, Device.worker_id == worker_id)
@@ -77,9 +164,17 @@ def tell_state(
 
 
 @writes
+def see_device(tx: Transaction, worker_id: str, device_id: str) -> bool:
+    """Note that a phone has just answered; return whether it still is this worker's and ready."""
+    is_it = Device.id == device_id, Device.worker_id == worker_id, Device.state == DeviceState.READY
+    return tx.connection.execute(update(Device).where(*is_it).values(seen_at=now())).rowcount == 1
+
+
+@writes
 def leave_devices(tx: Transaction, worker_id: str) -> None:
     """Say that a worker follows its phones no more."""
-    gone = {"state": DeviceState.ABSENT, "reason": "Its device worker has ended.", "connections": []}
+    _forget_unknown(tx, Device.worker_id == worker_id)
+    gone = {"state": DeviceState.ABSENT, "reason": _WORKER_ENDED, "connections": []}
     mine = Device.worker_id == worker_id, Device.state != DeviceState.QUARANTINED
     tx.connection.execute(update(Device).where(*mine).values(**gone))
 
@@ -117,25 +212,55 @@ def read_states(connection: Connection, worker_id: str) -> dict[str, str]:
 
 
 @reads
-def list_devices(connection: Connection) -> list[dict[str, Any]]:
-    """Return every phone that was ever registered, and what runs on it, by name."""
+def list_devices(connection: Connection, *, for_operator: bool = True) -> list[dict[str, Any]]:
+    """Return every device that was ever registered, and whether something runs on it, by name.
+
+    Whoever is no operator is told what devices are and how, not where they hang and why they fail: both may tell of
+    others' work and of the operator's network.
+    """
     holds = and_(Step.device_id == Device.id, is_running(), Step.lease_expires_at > now())
     rows = connection.execute(
-        select(Device.__table__, Worker.host_id, Step.id.label("step_id"))
+        select(Device.__table__, Worker.host_id, is_live().label("is_live"), Step.id.label("step_id"))
         .outerjoin(Worker, Worker.id == Device.worker_id)
         .outerjoin(Step, holds)
         .order_by(Device.id)
-    )
-    return [_describe(row) for row in rows]
+    ).all()
+    hosts = _read_hosts(connection)
+    found = []
+    for row in rows:
+        is_host = row.record.get("kind") == HOST
+        if not row.record or (row.record.get("kind") == "unknown" and not row.is_live):
+            continue
+        state, reason = hosts.get(row.host_id, _NO_HOST) if is_host else _find_state(row)
+        document = _describe(row, state, reason)
+        found.append(document if for_operator else {**document, **_conceal(state)})
+    return found
 
 
-def _describe(row: Any) -> dict[str, Any]:
+def _read_hosts(connection: Connection) -> dict[str, tuple[str, str | None]]:
+    """Return host id -> state of the hosts that have a live worker which measures there."""
+    rows = connection.execute(select(Worker.host_id, Worker.slots).where(is_live()))
+    measuring = {row.host_id for row in rows if row.slots.get("device", 0) > 0}
+    is_measured = is_running(), Step.resource_class == "device", Step.lease_expires_at > now()
+    busy = connection.execute(select(Worker.host_id).join(Step, Step.worker_id == Worker.id).where(*is_measured))
+    taken = set(busy.scalars())
+    return {host_id: ("busy" if host_id in taken else DeviceState.READY, None) for host_id in measuring}
+
+
+def _find_state(row: Any) -> tuple[str, str | None]:
+    """How a phone is; what was said of it by a worker that is silent now does not count."""
+    if not row.is_live and row.state not in (DeviceState.ABSENT, DeviceState.QUARANTINED):
+        return DeviceState.ABSENT, _WORKER_SILENT
+    return ("busy" if row.step_id and row.state == DeviceState.READY else row.state), row.reason
+
+
+def _describe(row: Any, state: str, reason: str | None) -> dict[str, Any]:
     record = {name: value for name, value in row.record.items() if name != "boot_id"}
     return {
         **record,
         "id": row.id,
-        "state": "busy" if row.step_id and row.state == DeviceState.READY else row.state,
-        "reason": row.reason,
+        "state": state,
+        "reason": reason,
         "tags": row.tags,
         "connections": row.connections,
         "host": row.host_id,
@@ -144,15 +269,25 @@ def _describe(row: Any) -> dict[str, Any]:
     }
 
 
+def _conceal(state: str) -> dict[str, Any]:
+    return {"reason": _PUBLIC_REASONS.get(state), "connections": [], "host": None}
+
+
 def name_devices(connection: Connection, asked: Sequence[str]) -> list[str]:
     """Return what a job asks for with each `all` as the phones there are; none there: any, when one comes."""
     named: dict[str, None] = {}
     for text in asked:
         found: list[str] = []
         if text != HOST and parse_selector(text).is_all:
-            present = select(Device.__table__).where(Device.state == DeviceState.READY).order_by(Device.id)
+            present = (
+                select(Device.__table__)
+                .join(Worker, Worker.id == Device.worker_id)
+                .where(Device.state == DeviceState.READY, is_live())
+                .order_by(Device.id)
+            )
             selector = parse_selector(text)
-            found = [f"serial={row.id}" for row in connection.execute(present) if selector.fits(describe_offer(row))]
+            phones = [row for row in connection.execute(present) if row.record.get("kind") != HOST]
+            found = [f"serial={row.id}" for row in phones if selector.fits(describe_offer(row))]
         named.update(dict.fromkeys(found or [text]))
     return list(named)
 

@@ -36,7 +36,8 @@ def worker(server: AdbServer, tmp_path: Path) -> Iterator[DeviceWorker]:
 
 
 def states(worker: DeviceWorker) -> dict[str, Any]:
-    return {device["id"]: device["state"] for device in devices.list_devices(worker.process.database)}
+    found = devices.list_devices(worker.process.database)
+    return {device["id"]: device["state"] for device in found if device["kind"] != "host"}
 
 
 def test_phones_come_clean_and_go(worker: DeviceWorker, server: AdbServer, tmp_path: Path) -> None:

@@ -158,6 +158,49 @@ def test_somebody_elses_process_is_not_killed(phone: Phone, attached: AttachedPh
     assert is_alive(pid)
 
 
+def test_a_setting_that_was_not_set_is_so_again(phone: Phone, attached: AttachedPhone) -> None:
+    """It reads as `null`, and would be set to that word."""
+    setting = attached.root / "settings" / "stay_on_while_plugged_in"
+    setting.unlink()
+    traces.open_run(phone, "step_1-1")
+    assert setting.exists()
+    traces.close_runs(phone)
+    assert not setting.exists()
+
+
+def test_the_hosts_program_switches_the_power_between_connecting_and_rebooting(
+    phone: Phone, attached: AttachedPhone, tmp_path: Path
+) -> None:
+    """It gets the serial number as one word; a phone that only its power brings back is not rebooted."""
+    program = tmp_path / "switch"
+    program.write_text(
+        f'#!/bin/sh\n[ $# -eq 1 ] || exit 1\necho "$1" > {tmp_path}/switched\nrm {attached.root}/faults.json\n'
+    )
+    program.chmod(0o755)
+    impatient = Adb(phone.adb.host, phone.adb.port, answer_s=1).phone(phone.serial)
+    boot_id = read_record(phone)["boot_id"]
+    attached.set_faults(stall="boot_completed")
+    assert recover(impatient, boot_s=1, power_cycle_program=str(program)) == "power-cycle"
+    assert (tmp_path / "switched").read_text() == f"{attached.serial}\n"
+    assert read_record(phone)["boot_id"] == boot_id
+    # One that does not work is no reason to stop.
+    program.write_text("#!/bin/sh\nexit 3\n")
+    attached.set_faults(stall="boot_completed", reboot_s=0)
+    with pytest.raises(DeviceHung):
+        recover(impatient, boot_s=0.1, power_cycle_program=str(program))
+    wait_for(lambda: attached.boot_id() != boot_id, "it has been rebooted")
+
+
+def test_another_phones_run_may_be_on_one_that_nobody_knows(phone: Phone, attached: AttachedPhone) -> None:
+    """Only its connection is touched."""
+    impatient = Adb(phone.adb.host, phone.adb.port, answer_s=1).phone(phone.serial)
+    boot_id = attached.boot_id()
+    attached.set_faults(stall="boot_completed")
+    with pytest.raises(DeviceHung):
+        recover(impatient, boot_s=0.1, power_cycle_program="/bin/false", is_gentle=True)
+    assert attached.boot_id() == boot_id
+
+
 def test_a_hot_phone_is_not_measured(phone: Phone, server: AdbServer, attached: AttachedPhone, tmp_path: Path) -> None:
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "model.litertlm").write_bytes(b"model")
@@ -168,6 +211,8 @@ def test_a_hot_phone_is_not_measured(phone: Phone, server: AdbServer, attached: 
         "phone": {
             "adb_host": "127.0.0.1",
             "adb_port": server.port,
+            "answer_s": 20,
+            "process_deadline_s": 60,
             "serial": attached.serial,
             "record": read_record(phone),
             "run": "step_1-1",

@@ -62,6 +62,23 @@ class AttachedPhone:
         folder = self.root / "data"
         return sorted(f"/{path.relative_to(self.root)}" for path in folder.rglob("*") if path.is_file())
 
+    def hold(self) -> None:
+        """Let light tools (`tests.virtual_phone.lab`) run until `let_go`."""
+        (self.root / "began").unlink(missing_ok=True)
+        (self.root / "hold").touch()
+
+    def has_begun(self) -> bool:
+        """Whether a light tool has begun since."""
+        return (self.root / "began").exists()
+
+    def let_go(self) -> None:
+        """Let light tools end."""
+        (self.root / "hold").unlink(missing_ok=True)
+
+    def boot_id(self) -> str:
+        """Return what changes with every start of the phone."""
+        return (self.root / "proc/sys/kernel/random/boot_id").read_text().strip()
+
     def remains(self) -> list[str]:
         """Return what runs have left on the phone: everything of ours but the tools, and a changed setting."""
         setting = (self.root / "settings" / "stay_on_while_plugged_in").read_text().strip()

@@ -131,7 +131,9 @@ class Phone:
             (folder / "cpuinfo_max_freq").write_text(f"{khz}\n")
             (folder / "scaling_cur_freq").write_text(f"{khz // 2}\n")
             (folder / "scaling_governor").write_text("walt\n")
-        (self.root / "settings" / "stay_on_while_plugged_in").write_text("0\n")
+        stay_on = self.root / "settings" / "stay_on_while_plugged_in"
+        if not stay_on.exists():
+            stay_on.write_text("0\n")
         self._boot()
 
     def _boot(self) -> None:

@@ -30,10 +30,10 @@ _SERIAL = re.compile(r"[A-Za-z0-9\[][\w.:\[\]()%~ -]{0,127}")
 _NO_SPACE = "No space left"
 #: Largest piece of a file that the protocol allows.
 _PIECE_BYTES = 64 * 1024
-#: A phone that has nothing to do answers within this.
-PROMPT_S = 20.0
-#: A push is given this long, and a second more for each of so many bytes: USB 2 with a slow flash behind it.
-_PUSH_S = 60.0
+#: A phone that has nothing to do answers within this, unless the operator says otherwise.
+ANSWER_S = 20.0
+#: A push is given so many answers' time, and a second more for each of so many bytes: USB 2, a slow flash behind it.
+_PUSH_ANSWERS = 3
 _SLOWEST_PUSH_BYTES_PER_S = 2_000_000
 
 
@@ -123,25 +123,27 @@ class Adb:
 
     host: str
     port: int
+    #: A phone that takes longer for what it has at hand counts as hung.
+    answer_s: float = ANSWER_S
 
     def states(self) -> dict[str, str]:
         """Return serial number -> state (`device`, `offline`, `unauthorized`, ...) of what is attached."""
-        with self._talk(None, PROMPT_S) as client:
+        with self._talk(None, self.answer_s) as client:
             return {str(found.serial): str(found.state) for found in client.list()}
 
     def connect(self, address: str) -> None:
         """Have the server connect to a phone at `host:port`; `states` says whether it did."""
-        with self._talk(address, PROMPT_S) as client:
+        with self._talk(address, self.answer_s) as client:
             client.connect(address)
 
     def disconnect(self, address: str) -> None:
         """Have the server drop a phone at `host:port`; none of this address is no error."""
-        with self._talk(address, PROMPT_S) as client:
+        with self._talk(address, self.answer_s) as client:
             client.disconnect(address)
 
     def reconnect(self, serial: str) -> None:
         """Have the server begin its conversation with a phone anew."""
-        with self._talk(serial, PROMPT_S) as client, client.make_connection() as link:
+        with self._talk(serial, self.answer_s) as client, client.make_connection() as link:
             link.send_command(f"host-serial:{check_serial(serial)}:reconnect")
             link.check_okay()
 
@@ -174,14 +176,17 @@ class Phone:
     adb: Adb
     serial: str
 
-    def run(self, script: str, deadline_s: float = PROMPT_S) -> Answer:
+    def run(self, script: str, deadline_s: float | None = None) -> Answer:
         """Run a script in the phone's shell and return how it ended, whatever its status.
+
+        Without a deadline it is one that a phone answers at once.
 
         Raises `DeviceLost`, `DeviceHung`, `DeviceUnauthorized`, `AdbUnavailable`. What it started may run on.
         """
         mark = secrets.token_hex(8)
         # In a shell of its own: an `exit` of the script must not skip the mark.
         wrapped = f"(\n{script}\n)\nstatus=$?; echo; echo {mark} $status; exit $status"
+        deadline_s = deadline_s or self.adb.answer_s
         with self.adb._talk(self.serial, deadline_s) as client:
             found = client.device(self.serial).shell2(wrapped, timeout=deadline_s, v2=True)
         body, _, end = found.stdout.replace("\r\n", "\n").rpartition(f"\n{mark} ")
@@ -190,7 +195,7 @@ class Phone:
         # The status that adb tells is not looked at: it has been 0 for phones that had vanished.
         return Answer(body, found.stderr, int(end))
 
-    def read(self, script: str, deadline_s: float = PROMPT_S) -> str:
+    def read(self, script: str, deadline_s: float | None = None) -> str:
         """Do as `run`, and return what the script prints; raises `DeviceLost` or `DeviceFull` too, when it fails."""
         answer = self.run(script, deadline_s)
         if answer.status != 0:
@@ -212,7 +217,7 @@ class Phone:
     ) -> None:
         """Copy a file to the phone; whether it arrived whole, its digest there tells. Raises `DeviceFull` too."""
         size_bytes = source.stat().st_size
-        deadline_s = _PUSH_S + size_bytes / _SLOWEST_PUSH_BYTES_PER_S
+        deadline_s = _PUSH_ANSWERS * self.adb.answer_s + size_bytes / _SLOWEST_PUSH_BYTES_PER_S
         with source.open("rb") as file, self.adb._talk(self.serial, deadline_s) as client:
             # The library's own push has no deadline, and a send that was cut short corrupts the file.
             with client.device(self.serial).open_transport() as link:

@@ -66,6 +66,7 @@ def parse_record(parts: Sequence[str]) -> dict[str, Any]:
         return next((properties[name] for name in names if properties.get(name)), None)
 
     max_khz = _read_cpu_files(parts[2])
+    release = get("ro.build.version.release")
     memory_bytes = _read_kib(parts[1], "MemTotal")
     is_virtual = "1" in (get("ro.boot.qemu"), get("ro.kernel.qemu")) or get("ro.hardware") in _VIRTUAL_HARDWARE
     return {
@@ -76,14 +77,15 @@ def parse_record(parts: Sequence[str]) -> dict[str, Any]:
         "device": get("ro.product.device"),
         "soc_manufacturer": get("ro.soc.manufacturer"),
         "soc": get("ro.soc.model", "ro.board.platform"),
-        "android": _number(get("ro.build.version.release")),
+        "android": _number(release),
         "sdk": _number(get("ro.build.version.sdk")),
         "security_patch": get("ro.build.version.security_patch"),
+        "os": f"Android {release}" if release else None,
         "fingerprint": get("ro.build.fingerprint"),
         "abi": get("ro.product.cpu.abi"),
         "abis": (get("ro.product.cpu.abilist") or "").split(",") if get("ro.product.cpu.abilist") else [],
         "cores": len(max_khz) or None,
-        "clusters": _find_clusters(max_khz),
+        "clusters": find_clusters(max_khz),
         "memory_bytes": memory_bytes,
         "ram_gib": None if memory_bytes is None else find_sold_gib(memory_bytes),
         "kernel": parts[3].strip() or None,
@@ -139,8 +141,8 @@ def find_sold_gib(memory_bytes: int) -> float:
     return next((float(size) for size in _SOLD_GIB if size >= gib), float(round(gib)))
 
 
-def _find_clusters(max_khz: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Cores by their highest clock, the slowest first."""
+def find_clusters(max_khz: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return cores by their highest clock, the slowest first."""
     clocks = sorted({int(value) for value in max_khz.values()})
     return [
         {"max_khz": clock, "cores": [core for core, value in max_khz.items() if int(value) == clock]}

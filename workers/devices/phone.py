@@ -5,8 +5,8 @@
 
 Between the two the worker writes down that the tool is about to start. Owns running a tool on a phone; what its samples
 amount to is `workers.devices.capture`'s. Called by `workers.runner`. `params["phone"]` is what only the worker knows:
-`adb_host`, `adb_port`, `serial`, `record`, `run`, `cool_down_s`, and `tool` (`name`, `version`, `abi`, `files`: name ->
-SHA-256); `inputs["tool"]` holds its files.
+`adb_host`, `adb_port`, `answer_s`, `serial`, `record`, `run`, `cool_down_s`, `process_deadline_s`, and `tool` (`name`,
+`version`, `abi`, `files`: name -> SHA-256); `inputs["tool"]` holds its files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ _DEFAULTS: dict[str, Any] = {
     "signatures": [],
     "smoke_prompts": 0,
     "profile": False,
-    "process_deadline_s": 600.0,
 }
 #: Node types of a profile that the ledger keeps; the document has all.
 _TYPES_IN_FIGURES = 5
@@ -113,9 +112,12 @@ class _Bench:
 
     def __init__(self, params: Mapping[str, Any], inputs: Mapping[str, Path], progress: Progress) -> None:
         host_side = params["phone"]
-        self.asked = {**_DEFAULTS, **{name: value for name, value in params.items() if value is not None}}
+        defaults = {**_DEFAULTS, "process_deadline_s": host_side["process_deadline_s"]}
+        self.asked = {**defaults, **{name: value for name, value in params.items() if value is not None}}
         self.asked.pop("phone")
-        self.phone: Phone = Adb(host_side["adb_host"], host_side["adb_port"]).phone(host_side["serial"])
+        self.phone: Phone = Adb(host_side["adb_host"], host_side["adb_port"], host_side["answer_s"]).phone(
+            host_side["serial"]
+        )
         self.run: str = host_side["run"]
         self.tool: Mapping[str, Any] = host_side["tool"]
         self._record: Mapping[str, Any] = host_side["record"]

@@ -19,8 +19,6 @@ from workers.devices.traces import run_dir
 _MEMORY_PERIOD_S = 0.1
 #: What is kept of a tool's log.
 _LOG_CHARACTERS = 100_000
-#: The phone ends a process at its deadline; it may take so much longer to say so before it counts as hung.
-_GRACE_S = 20
 #: How `timeout` says that it ended a program, and a shell that its program was killed.
 _TIMED_OUT = ("124", "137", "143")
 
@@ -82,7 +80,9 @@ class Processes:
             most=_LOG_CHARACTERS,
         )
         started_s = time.monotonic()
-        boot_id, status, log = ([*self.phone.read(script, self.deadline_s + _GRACE_S).split("\n", 2), "", ""])[:3]
+        # The phone ends a process at its deadline; it may take as long as for any answer to say so.
+        said = self.phone.read(script, self.deadline_s + self.phone.adb.answer_s)
+        boot_id, status, log = [*said.split("\n", 2), "", ""][:3]
         wall_s = time.monotonic() - started_s
         if boot_id.strip() != self.boot_id:
             raise DeviceLost(f"{self.phone.serial} was started again during the {label}.", serial=self.phone.serial)
@@ -98,7 +98,7 @@ class Processes:
             command=quote(*command),
             period=_MEMORY_PERIOD_S,
         )
-        status, _, peaks = self.phone.read(script, self.deadline_s + _GRACE_S).partition("\n")
+        status, _, peaks = self.phone.read(script, self.deadline_s + self.phone.adb.answer_s).partition("\n")
         self._require_success("process whose memory was watched", status.strip(), "")
         return read_peaks(peaks)
 

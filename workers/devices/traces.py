@@ -22,8 +22,7 @@ from workers.devices.adb import Phone, quote
 HOME = "/data/local/tmp/edgekiln"
 _RUNS = f"{HOME}/runs"
 _STAY_ON = "stay_on_while_plugged_in"
-#: A digest of a file takes a phone this long, and a second for each of so many bytes.
-_DIGEST_S = 30.0
+#: A digest of a file takes a phone a second more for each of so many bytes.
 _SLOWEST_DIGEST_BYTES_PER_S = 20_000_000
 #: Left free beside the model: caches are about as large as the weights.
 _CACHE_SHARE = 2.2
@@ -37,7 +36,11 @@ if [ -s "$run/pid" ]; then
   if grep -q {HOME}/ /proc/$pid/cmdline 2>/dev/null; then kill -9 $pid 2>/dev/null; fi
 fi
 if [ -s "$run/{_STAY_ON}" ]; then
-  settings put global {_STAY_ON} "$(cat "$run/{_STAY_ON}")"
+  case "$(cat "$run/{_STAY_ON}")" in
+  # What was not set reads as this word, and would be set to it.
+  null) settings delete global {_STAY_ON} ;;
+  *) settings put global {_STAY_ON} "$(cat "$run/{_STAY_ON}")" ;;
+  esac
 fi
 rm -rf "$run"
 """
@@ -128,5 +131,5 @@ def push_checked(
 
 
 def _read_digest(phone: Phone, path: str, size_bytes: int) -> str | None:
-    answer = phone.run(f"sha256sum {quote(path)}", _DIGEST_S + size_bytes / _SLOWEST_DIGEST_BYTES_PER_S)
+    answer = phone.run(f"sha256sum {quote(path)}", phone.adb.answer_s + size_bytes / _SLOWEST_DIGEST_BYTES_PER_S)
     return answer.stdout.split()[0] if answer.status == 0 and answer.stdout.strip() else None

@@ -20,7 +20,7 @@ def play(database: Database) -> Play:
     return Play(database)
 
 
-def attach(play: Play, device_id: str, worker_id: str | None = None, **record: object) -> bool:
+def attach(play: Play, device_id: str, worker_id: str | None = None, **record: object) -> DeviceState | None:
     return devices.register_device(
         play.database, worker_id or play.worker_id, device_id, {**RECORD, "serial": device_id, **record}, [device_id]
     )
