@@ -23,6 +23,8 @@ TOOLS: Mapping[str, str] = {
 }
 #: The host that measures by itself, without a phone.
 HOST = "host"
+#: Kinds of devices that are reached by adb and have said what they are.
+PHONE_KINDS = ("phone", "virtual")
 #: How a selector of phones may begin.
 ANY_OR_ALL = ("any", "all")
 #: Resource class of a benchmark on a phone: device workers alone claim it, each for the phones that it follows.

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, select, update
 
-from service.devices import HOST, PHONE_CLASS, parse_selector
+from service.devices import HOST, PHONE_CLASS, PHONE_KINDS, parse_selector
 from service.errors import NotFound
 from service.ledger import locks
 from service.ledger.clock import now
@@ -286,7 +286,7 @@ def name_devices(connection: Connection, asked: Sequence[str]) -> list[str]:
                 .order_by(Device.id)
             )
             selector = parse_selector(text)
-            phones = [row for row in connection.execute(present) if row.record.get("kind") != HOST]
+            phones = [row for row in connection.execute(present) if row.record.get("kind") in PHONE_KINDS]
             found = [f"serial={row.id}" for row in phones if selector.fits(describe_offer(row))]
         named.update(dict.fromkeys(found or [text]))
     return list(named)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, select
 
-from service.devices import PHONE_CLASS, parse_selector
+from service.devices import PHONE_CLASS, PHONE_KINDS, parse_selector
 from service.errors import InvalidRequest, NotFound
 from service.fit import PEAKS, Peak, Shape
 from service.ledger.database import reads
@@ -105,7 +105,7 @@ def _read_devices(
     rows = connection.execute(select(Device.__table__).order_by(Device.id))
     found = []
     for row in rows:
-        if wanted.fits(describe_offer(row)):
+        if row.record.get("kind") in PHONE_KINDS and wanted.fits(describe_offer(row)):
             available_bytes, seen_at = available.get(row.id, (None, None))
             found.append(
                 {

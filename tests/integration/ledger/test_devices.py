@@ -6,10 +6,11 @@ import pytest
 from sqlalchemy import select, update
 
 from service.errors import DeviceFull, DeviceLost, LeaseLost, NotFound
-from service.ledger import claims, devices
+from service.ledger import claims, devices, fleet
+from service.ledger.clock import now
 from service.ledger.database import Database
 from service.ledger.states import DeviceState
-from service.ledger.tables import Attempt, Step
+from service.ledger.tables import Attempt, Step, Worker
 from tests.ledger_play import EXPIRED, POLICY, Play
 
 RECORD = {"kind": "phone", "model": "Pixel", "soc": "G4", "android": 15, "ram_gib": 12.0}
@@ -198,3 +199,94 @@ def test_what_waits_for_an_absent_phone_holds_up_no_other(play: Play, monkeypatc
     held = claim(play, "A")
     assert held is not None
     assert held.params["device"] == "serial=A"
+
+
+def show(play: Play, **options: bool) -> dict[str, dict[str, object]]:
+    return {each["id"]: each for each in devices.list_devices(play.database, **options)}
+
+
+def test_a_host_is_a_device_as_long_as_a_worker_measures_there(play: Play) -> None:
+    devices.enter_host(play.database, play.worker_id, "host-1", {"kind": "host", "soc": "Xeon"})
+    attach(play, "A")
+    assert {each["id"]: each["state"] for each in devices.list_devices(play.database)} == {
+        "A": "ready",
+        "host-1": "ready",
+    }
+    # `all` means phones.
+    submit(play, "all", "host")
+    seen = set()
+    while (held := claim(play, "A")) is not None:
+        seen.add(held.params["device"])
+        play.finish(held)
+    assert seen == {"serial=A"}
+    # A second worker of the same host keeps it there when the first one ends.
+    other = play.add_worker("host-a")
+    fleet.end_worker(play.database, play.worker_id)
+    assert show(play)["host-1"]["state"] == "ready"
+    fleet.end_worker(play.database, other)
+    assert (show(play)["host-1"]["state"], show(play)["host-1"]["reason"]) == (
+        "absent",
+        "None of its workers measures.",
+    )
+
+
+def test_a_host_that_measures_is_busy(play: Play) -> None:
+    devices.enter_host(play.database, play.worker_id, "host-1", {"kind": "host"})
+    play.submit(recipes=["none"], formats=["litertlm"], devices=["host"])
+    held = play.claim_kind("benchmark")
+    assert show(play)["host-1"]["state"] == "busy"
+    play.finish(held)
+    assert show(play)["host-1"]["state"] == "ready"
+
+
+def test_what_a_silent_worker_has_said_does_not_count(play: Play) -> None:
+    attach(play, "A")
+    play.database.write(lambda tx: tx.connection.execute(update(Worker).values(heartbeat_at=now(-3600))))
+    assert (show(play)["A"]["state"], show(play)["A"]["reason"]) == ("absent", "Its device worker is silent.")
+    other = play.add_worker("host-b")
+    assert attach(play, "A", other) is DeviceState.READY
+
+
+def test_a_phone_that_has_never_answered_is_shown_until_it_has_gone_or_tells_its_name(play: Play) -> None:
+    assert devices.enter_silent_device(play.database, play.worker_id, "10.0.0.7:5555") is not None
+    devices.tell_state(
+        play.database, play.worker_id, "10.0.0.7:5555", DeviceState.UNAUTHORIZED, "No.", ["10.0.0.7:5555"]
+    )
+    found = show(play)["10.0.0.7:5555"]
+    assert (found["kind"], found["state"], found["soc"]) == ("unknown", "unauthorized", None)
+    other = play.add_worker("host-b")
+    assert devices.enter_silent_device(play.database, other, "10.0.0.7:5555") is None, "one of them follows it"
+    devices.forget_silent_device(play.database, other, "10.0.0.7:5555")
+    assert "10.0.0.7:5555" in show(play)
+    devices.leave_devices(play.database, play.worker_id)
+    assert show(play) == {}
+
+
+def test_a_known_phone_that_does_not_answer_stays_what_it_is(play: Play) -> None:
+    """Over a cable, adb's serial number is the phone's own."""
+    attach(play, "A")
+    devices.leave_devices(play.database, play.worker_id)
+    record = devices.enter_silent_device(play.database, play.worker_id, "A")
+    assert record is not None
+    assert record["soc"] == "G4"
+    devices.forget_silent_device(play.database, play.worker_id, "A")
+    assert show(play)["A"]["state"] == "offline"
+
+
+def test_a_connection_of_a_phone_that_is_followed_is_no_other_phone(play: Play) -> None:
+    devices.register_device(play.database, play.worker_id, "A", {**RECORD, "serial": "A"}, ["10.0.0.7:5555"])
+    other = play.add_worker("host-b")
+    assert devices.enter_silent_device(play.database, other, "10.0.0.7:5555") is None
+
+
+def test_tenants_are_not_told_where_a_phone_hangs_and_why_it_fails(play: Play) -> None:
+    attach(play, "A")
+    devices.tell_state(play.database, play.worker_id, "A", DeviceState.QUARANTINED, "It was hot thrice.", ["10.0.0.7"])
+    assert (show(play)["A"]["reason"], show(play)["A"]["connections"], show(play)["A"]["host"]) == (
+        "It was hot thrice.",
+        ["10.0.0.7"],
+        "host-a",
+    )
+    told = show(play, for_operator=False)["A"]
+    assert (told["state"], told["connections"], told["host"]) == ("quarantined", [], None)
+    assert told["reason"] == "It was given up, until an operator looks at it."
