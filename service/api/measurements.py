@@ -22,7 +22,7 @@ _Text = Annotated[str | None, Query(max_length=1000)]
     "/measurements",
     summary="List measurements over time",
     response_model=None,
-    responses=answers(HistoryDocument, "The newest that fit, oldest first."),
+    responses={**answers(HistoryDocument, "The newest that fit, oldest first."), **problem_responses()},
 )
 def list_history(
     context: ContextOf,
