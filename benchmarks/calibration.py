@@ -30,11 +30,11 @@ from benchmarks.simulated_devices import (
     DECODE_TOKENS,
     DECODE_TOKENS_PER_S,
     JUDGED,
+    LIMITS,
     PREFILL_TOKENS,
     PROCESSES,
     SESSION_SD,
     TUNING,
-    UNSEEN,
     Model,
     Rng,
     Session,
@@ -45,9 +45,9 @@ from benchmarks.simulated_devices import (
 from service.difference import find_changes, find_metrics
 from workers.devices import capture
 
-SETS = {"judged": JUDGED, "tuning": TUNING, "unseen": UNSEEN}
+SETS = {"judged": JUDGED, "tuning": TUNING, "limits": LIMITS}
 #: Keeps the seeds of the sets apart.
-_STREAMS = {"judged": 1, "tuning": 2, "unseen": 3}
+_STREAMS = {"judged": 1, "tuning": 2, "limits": 3}
 FORMATS = ("litertlm", "tflite")
 #: The decode speed of bundles, and the latency of graphs.
 METRIC = {"litertlm": "decode_tokens_per_s", "tflite": "latency_ms.decode"}

@@ -1,9 +1,10 @@
 """Devices whose truth is known: what a process would measure on them, process by process.
 
 A model of a device draws the logarithms of speeds, relative to the artifact's own, of one session: everything that
-happens between two captures happens to a session. `TUNING` are the models that thresholds were chosen on; `JUDGED`,
-with other noise, other throttling and other seeds, are the ones that the figures in docs/devices.md are of; `UNSEEN`
-holds what no capture can show of itself. Called by `benchmarks/calibration.py` and its test.
+happens between two captures happens to a session. `TUNING` are the models that thresholds and methods were chosen on;
+`JUDGED`, with other noise, other throttling and other seeds, are the ones that the figures in docs/devices.md are of;
+`LIMITS` are beyond what is promised: falls that are small, noise that is large, and what no capture shows of itself.
+Called by `benchmarks/calibration.py` and its test.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Session = Callable[[Rng, int], np.ndarray]
 #: How much is lost by each process, which are numbered from -1, the cold one: (rng, numbers, fall) -> [number].
 Shape = Callable[[Rng, np.ndarray, float], np.ndarray]
 
+#: What a phone that throttles loses while a capture runs.
+FALLS = (0.15, 0.45)
 #: Standard deviation of a session's own level: what two captures of the same differ by for nothing.
 SESSION_SD = 0.01
 #: Of what prefill and decode do not have in common.
@@ -73,6 +76,38 @@ def two_clocks(rng: Rng) -> Session:
     return lambda rng, count: rng.normal(0, sd, count) - (rng.random(count) < share) * gap
 
 
+def correlated(rng: Rng) -> Session:
+    """What disturbs a process disturbs the next one too, by a third (an autoregressive series)."""
+    sd, share = quiet(rng), 1 / 3
+
+    def session(rng: Rng, count: int) -> np.ndarray:
+        found = rng.normal(0, sd, count)
+        found[1:] *= np.sqrt(1 - share**2)
+        for number in range(1, count):
+            found[number] += share * found[number - 1]
+        return found
+
+    return session
+
+
+def in_bursts(rng: Rng) -> Session:
+    """Something else runs for a while: two processes in a row lose a tenth to a third, at one in thirty."""
+    calm = skewed(rng)
+
+    def session(rng: Rng, count: int) -> np.ndarray:
+        begins = rng.random(count) < 1 / 30
+        burst = begins | np.concatenate([[False], begins[:-1]])
+        return calm(rng, count) + burst * np.log(rng.uniform(0.67, 0.9))
+
+    return session
+
+
+def loud(rng: Rng) -> Session:
+    """Processes differ by 5 to 9 %."""
+    sd = float(rng.uniform(0.05, 0.09))
+    return lambda rng, count: rng.normal(0, sd, count)
+
+
 def three_clocks(rng: Rng) -> Session:
     """Each process finds one of three clocks, with equal odds, 2 to 6 % apart."""
     sd, gap = rng.uniform(0.003, 0.01), -np.log(rng.uniform(0.94, 0.98))
@@ -85,9 +120,9 @@ def drifting(rng: Rng) -> Session:
     return lambda rng, count: rng.normal(0, sd, count) + slope * np.arange(count)
 
 
-def _throttled(rng: Rng, shape: Shape, noise: Callable[[Rng], Session]) -> Session:
-    """Loses 15 to 45 % while a capture runs; the second capture begins as the first one, or where it has ended."""
-    calm, fall, stays = noise(rng), float(rng.uniform(0.15, 0.45)), bool(rng.random() < 0.5)
+def _throttled(rng: Rng, shape: Shape, noise: Callable[[Rng], Session], falls: tuple[float, float]) -> Session:
+    """Loses a share while a capture runs; the second capture begins as the first one, or where it has ended."""
+    calm, fall, stays = noise(rng), float(rng.uniform(*falls)), bool(rng.random() < 0.5)
 
     def session(rng: Rng, count: int) -> np.ndarray:
         # The cold process is the first of the seven.
@@ -128,8 +163,15 @@ def _sawtooth(rng: Rng, at: np.ndarray, fall: float) -> np.ndarray:
     return found
 
 
-def _with(shape: Shape, noise: Callable[[Rng], Session]) -> Callable[[Rng], Session]:
-    return lambda rng: _throttled(rng, shape, noise)
+def _runaway(rng: Rng, at: np.ndarray, fall: float) -> np.ndarray:
+    """Slowly at first, then ever faster."""
+    return fall * (np.maximum(at, 0) / 5) ** rng.uniform(1.5, 3)
+
+
+def _with(
+    shape: Shape, noise: Callable[[Rng], Session], falls: tuple[float, float] = FALLS
+) -> Callable[[Rng], Session]:
+    return lambda rng: _throttled(rng, shape, noise, falls)
 
 
 def _always_slow(rng: Rng) -> Session:
@@ -153,32 +195,43 @@ class Set:
 
 
 TUNING = Set(
-    healthy=(Model("normal", normal), Model("interrupted", interrupted), Model("two clocks", two_clocks)),
-    throttled=(Model("step", _with(_step, normal)), Model("line", _with(_line, normal))),
+    healthy=(
+        Model("normal", normal),
+        Model("heavy tails", heavy_tails),
+        Model("interrupted", interrupted),
+        Model("two clocks", two_clocks),
+    ),
+    throttled=(
+        Model("step", _with(_step, normal)),
+        Model("line", _with(_line, normal)),
+        Model("exponential", _with(_exponential, heavy_tails)),
+        Model("step, interrupted", _with(_step, interrupted)),
+    ),
 )
 JUDGED = Set(
     healthy=(
-        Model("heavy tails", heavy_tails),
         Model("skewed", skewed),
-        Model("interrupted, heavy tails", lambda rng: _add(interrupted(rng), heavy_tails(rng))),
+        Model("correlated", correlated),
+        Model("in bursts", in_bursts),
         Model("three clocks", three_clocks),
         Model("drifting", drifting),
     ),
     throttled=(
-        Model("exponential", _with(_exponential, heavy_tails)),
-        Model("stairs", _with(_stairs, skewed)),
-        Model("sawtooth", _with(_sawtooth, normal)),
-        Model("step, heavy tails", _with(_step, heavy_tails)),
+        Model("stairs, skewed", _with(_stairs, skewed)),
+        Model("sawtooth, correlated", _with(_sawtooth, correlated)),
+        Model("runaway, three clocks", _with(_runaway, three_clocks)),
+        Model("step, in bursts", _with(_step, in_bursts)),
     ),
 )
-UNSEEN = Set(
-    healthy=(Model("clock of the session", _clock_of_the_session),),
-    throttled=(Model("slow from the start", _always_slow),),
+LIMITS = Set(
+    healthy=(Model("loud", loud), Model("clock of the session", _clock_of_the_session)),
+    throttled=(
+        Model("stairs of 10 to 15 %", _with(_stairs, skewed, (0.10, 0.15))),
+        Model("stairs of 5 to 10 %", _with(_stairs, skewed, (0.05, 0.10))),
+        Model("stairs, loud", _with(_stairs, loud)),
+        Model("slow from the start", _always_slow),
+    ),
 )
-
-
-def _add(one: Session, other: Session) -> Session:
-    return lambda rng, count: (one(rng, count) + other(rng, count)) / np.sqrt(2)
 
 
 class SimulatedPhone:

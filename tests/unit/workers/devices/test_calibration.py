@@ -1,7 +1,7 @@
 """The method of measuring, on devices whose truth is known: a short form of `benchmarks/calibration.py`.
 
-The bars are those of docs/devices.md less what so few devices are off by; the seeds are fixed, so that nothing here
-depends on luck or on the machine.
+The bars are those of docs/devices.md less what so few devices are off by (300 intervals at 95 %: two to four percent);
+the seeds are fixed, so that nothing here depends on the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.simulated_devices import JUDGED
 from service import difference
 from workers.devices import statistics
 
-DEVICES = 40
+DEVICES = 60
 
 
 def judge_all(models: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
@@ -51,14 +51,14 @@ def test_healthy_phones_are_stable_and_intervals_hold_their_median(tmp_path: Pat
     rows = judge_all(JUDGED.healthy, tmp_path)
     assert share(rows, "hot") <= 0.05
     assert share(rows, "stable") >= 0.9
-    assert np.mean([row["coverage"] for row in rows]) >= 0.94
+    assert np.mean([row["coverage"] for row in rows]) >= 0.9
 
 
 def test_control_intervals_of_the_middle_samples_do_not_hold_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "find_interval", lambda values: tuple(np.percentile(values, (25, 75))))
-    assert np.mean([row["coverage"] for row in judge_all(JUDGED.healthy, tmp_path)]) < 0.9
+    assert np.mean([row["coverage"] for row in judge_all(JUDGED.healthy, tmp_path)]) < 0.8
 
 
 def compare_all(true_difference: float, folder: Path) -> list[dict[str, Any]]:
