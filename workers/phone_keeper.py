@@ -151,7 +151,8 @@ class PhoneKeeper(threading.Thread):
             self._tell(DeviceState.OFFLINE, f"adb says {state[:80]}.")
         elif state != "device" and time.monotonic() - self._changed_s < _SETTLE_S:
             # A connection that begins or ends passes through such states.
-            self._tell(DeviceState.OFFLINE, f"adb says {state}.")
+            if self._seat is not None:
+                self._tell(DeviceState.OFFLINE, f"adb says {state}.")
         elif state != "device":
             self._bring_back(f"adb says {state}.")
         elif self._seat is None or self._told != (DeviceState.READY, None):
@@ -187,12 +188,16 @@ class PhoneKeeper(threading.Thread):
             "serial": device_id,
             "name": " ".join(filter(None, (record["manufacturer"], record["model"]))),
         }
-        if not self._may_use(device_id):
-            return
         database, worker_id = self._process.database, self._process.worker_id
         if self._seat is not None and self._seat.device_id != device_id:
             devices.forget_silent_device(database, worker_id, self._seat.device_id)
-        state = devices.register_device(database, worker_id, device_id, record, [self._phone.serial])
+            self._seat = None
+        if not self._may_use(device_id):
+            return
+        # Not ready before it is clean.
+        state = devices.register_device(
+            database, worker_id, device_id, record, [self._phone.serial], DeviceState.OFFLINE
+        )
         if state is None:
             return
         # Should it go away now, the ledger is told so.
@@ -203,7 +208,8 @@ class PhoneKeeper(threading.Thread):
             return
         # Only now: while another follows the phone, a run of its own is on it.
         close_runs(self._phone)
-        self._told, self._looked_s = (DeviceState.READY, None), time.monotonic()
+        self._looked_s = time.monotonic()
+        self._tell(DeviceState.READY, None)
         log.info("%s is %s, %s", self._phone.serial, device_id, record["name"])
 
     def _may_use(self, device_id: str) -> bool:

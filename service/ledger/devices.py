@@ -43,9 +43,14 @@ _PUBLIC_REASONS: Mapping[str, str] = {
 
 @writes
 def register_device(
-    tx: Transaction, worker_id: str, device_id: str, record: Mapping[str, Any], connections: Sequence[str]
+    tx: Transaction,
+    worker_id: str,
+    device_id: str,
+    record: Mapping[str, Any],
+    connections: Sequence[str],
+    state: DeviceState = DeviceState.READY,
 ) -> DeviceState | None:
-    """Enter a phone that answers, or that it answers again; return its state, or None when another follows it.
+    """Enter a phone that answers, in this state; return its state then, or None when another follows it.
 
     A phone that another live worker follows stays that worker's: it may be reached over two networks. One that was
     given up stays so until it was away or is released, whatever worker sees it next.
@@ -54,7 +59,7 @@ def register_device(
     if _is_anothers(tx.connection, known, worker_id):
         return None
     is_given_up = known.state == DeviceState.QUARANTINED
-    state = DeviceState.QUARANTINED if is_given_up else DeviceState.READY
+    state = DeviceState.QUARANTINED if is_given_up else state
     reason = known.reason if is_given_up else None
     _follow(tx, worker_id, device_id, record, connections, state, reason)
     return state
