@@ -109,3 +109,32 @@ def test_two_phones_work_side_by_side(bench: Bench) -> None:
     runs = [attempt for step_id in steps for attempt in bench.kiln.rows(Attempt, step_id=step_id)]
     assert [run["state"] for run in runs] == ["succeeded", "succeeded"]
     assert max(run["started_at"] for run in runs) < min(run["finished_at"] for run in runs)
+
+
+def test_what_was_published_is_measured_later_and_again_by_a_newer_tool(bench: Bench, tmp_path: Path) -> None:
+    client, (one, _) = bench.kiln.client, bench.phones
+    made = next(job for job in client.list(["succeeded"]) if "litertlm" in job["request"]["formats"])
+    artifact = next(each for each in client.artifacts(made["id"]) if each["name"].endswith("-dynamic_int8.litertlm"))
+    before = client.get(made["id"])
+    here = f"serial={one.hardware_serial}"
+    printed = bench.edgekiln("benchmark", artifact["id"], "--device", here, "--threads", "2", "--wait")
+    assert printed.count("(virtual)") == 1
+    assert VERSION in printed
+
+    newer = write_tool(tmp_path, "litert_lm_advanced_main", bench.meeting)
+    begun = client.rebenchmark(newer.name, "9.9.0", "x86_64", {newer.name: newer})
+    assert begun["started"] >= 1
+    assert (begun["away"], begun["refused"]) == (0, 0)
+    for job in list(client.list()):
+        assert client.wait(job["id"])["state"] == "succeeded"
+    versions = [
+        each["device"]["tool"]["version"]
+        for each in client.measurements(artifact["id"])
+        if (each["device"]["serial"], each["threads"]) == (one.hardware_serial, 2)
+    ]
+    assert versions == [VERSION, "9.9.0"]
+    assert client.get(made["id"]) == before
+    (told,) = client.fit(artifact["id"], here)["devices"]
+    assert (told["kind"], told["basis"]) == ("virtual", "device")
+    assert told["predicted"]["peak_rss_bytes"]["low"] > 0
+    assert [phone.remains() for phone in bench.phones] == [[], []]
