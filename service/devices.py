@@ -80,6 +80,29 @@ class Selector:
         return all(condition.holds(record) for condition in self.conditions)
 
 
+def list_measured(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the measurements of a benchmark's figures: of its arms, those that have one; or the only one."""
+    return [arm for arm in figures.get("arms", (figures,)) if "error" not in arm]
+
+
+def list_arms(
+    params: Mapping[str, Any], figures: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return each measurement of a benchmark with what was asked for it (`backend`, `threads`; None: by default)."""
+    asked = params.get("arms") or (params,)
+    arms = zip(figures.get("arms", (figures,)), asked, strict=True)
+    return [(found, way) for found, way in arms if "error" not in found]
+
+
+def find_failed_arm(figures: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the error of the first arm of a benchmark that has no measurement, worded with its name; or None."""
+    for arm in figures.get("arms", ()):
+        if "error" in arm:
+            way = f"{arm['format']} on {arm['backend']}" + (f", {arm['threads']} threads" if arm["threads"] else "")
+            return {**arm["error"], "message": f"{way}: {arm['error']['message']}"}
+    return None
+
+
 def keep_one_kind(measurements: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the measurements of phones, or else of virtual ones, or else of hosts: kinds are never mixed."""
     for kind in ("phone", "virtual", "host"):

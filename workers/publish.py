@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from service import gates
-from service.devices import keep_one_kind
-from service.errors import GateRefused
+from service.devices import find_failed_arm, keep_one_kind, list_measured
+from service.errors import BenchmarkFailed, GateRefused
 from service.ledger import claims, publications
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, canonical_json
@@ -73,7 +73,17 @@ def find_unstable(claim: claims.Claim) -> list[Mapping[str, Any]]:
 
 
 def _read_benchmarks(claim: claims.Claim) -> list[Mapping[str, Any]]:
-    return keep_one_kind([supplier.figures for supplier in claim.inputs.values() if supplier.kind == "benchmark"])
+    """Return the measurements that a gate reads. Raises `BenchmarkFailed` where an arm has none.
+
+    The worst of what was measured is not the worst of what was asked for.
+    """
+    measured: list[Mapping[str, Any]] = []
+    for supplier in claim.inputs.values():
+        if supplier.kind == "benchmark":
+            if failed := find_failed_arm(supplier.figures):
+                raise BenchmarkFailed(f"A gate needs a figure that is missing: {failed['message']}")
+            measured += list_measured(supplier.figures)
+    return keep_one_kind(measured)
 
 
 def judge(

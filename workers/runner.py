@@ -289,7 +289,8 @@ class Runner:
                 pool=code.pool,
                 network=code.network,
                 limits=Limits(
-                    deadline_s=self._settings.deadline_s(claim.resource_class),
+                    # The arms of a benchmark take turns: each has the time of one.
+                    deadline_s=self._settings.deadline_s(claim.resource_class) * len(claim.params.get("arms") or [{}]),
                     memory_bytes=self._settings.memory_limit_bytes,
                 ),
                 on_progress=self._reporter(claim, keeper),

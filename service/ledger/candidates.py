@@ -14,7 +14,7 @@ from sqlalchemy import Connection, select
 
 from service import gates
 from service.comparison import Candidate
-from service.devices import keep_one_kind
+from service.devices import keep_one_kind, list_measured
 from service.ledger import views
 from service.ledger.database import reads
 from service.ledger.tables import JobStep, Publication, Step, Variant, VariantStep
@@ -73,7 +73,9 @@ def _make_candidate(variant: Any, kind: str, figures: _Figures, artifact: Mappin
     verified = {of: found for of, found in figures.get("verify", ()) if of in ("tflite", kind)}
     merged = gates.merge_figures(verified.values())
     merged["size_bytes"] = verified.get(kind, {}).get("size_bytes")
-    measured = keep_one_kind([found for of, found in figures.get("benchmark", ()) if of == kind])
+    measured = keep_one_kind(
+        [each for of, found in figures.get("benchmark", ()) if of == kind for each in list_measured(found)]
+    )
     if measured:
         merged["benchmark"] = gates.merge_benchmarks(measured)
     return Candidate(

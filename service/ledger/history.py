@@ -76,13 +76,15 @@ def list_history(connection: Connection, tenant_id: str, wanted: Filter, limit: 
 @reads
 def read_measurement(connection: Connection, tenant_id: str, measurement_id: str) -> tuple[Document, Mapping[str, Any]]:
     """Return an entry of the history, and its figures with all samples; raises `NotFound`."""
-    row = connection.execute(_statement(tenant_id).where(Step.id == measurement_id).limit(1)).one_or_none()
-    if row is None:
+    step_id = measurement_id.partition(".")[0]
+    row = connection.execute(_statement(tenant_id).where(Step.id == step_id).limit(1)).one_or_none()
+    figures = None if row is None else dict(_name_measured(row.id, row.figures)).get(measurement_id)
+    if row is None or figures is None:
         raise NotFound(
             f"There is no measurement {measurement_id!r}. `edgekiln history` lists those there are.",
             measurement_id=measurement_id,
         )
-    return _leave_samples_out(_describe(row, row.figures)), row.figures
+    return _leave_samples_out(_describe(row, measurement_id, figures)), figures
 
 
 @reads
@@ -93,7 +95,7 @@ def find_previous(
     row = connection.execute(_select_places().where(Step.id == claim.step_id).limit(1)).one_or_none()
     if row is None:
         return None
-    own = _describe(row, figures)
+    own = _describe(row, row.id, figures)
     for entry in _iterate(connection, claim.tenant_id):
         if entry["verdict"] == "stable" and all(entry[name] == own[name] for name in SERIES):
             return _leave_samples_out(entry), entry["figures"]
@@ -107,10 +109,13 @@ def find_regressions(
 
     Before its transaction, because the comparison takes a second where scipy is not loaded yet.
     """
-    if claim.kind != "benchmark" or figures.get("verdict") != "stable":
-        return []
-    previous = find_previous(database, claim, figures)
-    return [] if previous is None else difference.find_regressions(previous, figures, least_share)
+    found: list[Document] = []
+    if claim.kind != "benchmark":
+        return found
+    for _, measured in _name_measured(claim.step_id, figures):
+        if measured.get("verdict") == "stable" and (previous := find_previous(database, claim, measured)):
+            found += difference.find_regressions(previous, measured, least_share)
+    return found
 
 
 def _select_places() -> Any:
@@ -136,14 +141,23 @@ def _iterate(connection: Connection, tenant_id: str) -> Iterator[Document]:
     """Yield a tenant's measurements with their figures, newest first."""
     statement = _statement(tenant_id).order_by(Step.finalized_at.desc(), Step.id.desc()).limit(_MOST_ROWS)
     for row in connection.execute(statement.execution_options(yield_per=50)):
-        if "device" in row.figures:
-            yield _describe(row, row.figures)
+        for name, figures in _name_measured(row.id, row.figures):
+            if "device" in figures:
+                yield _describe(row, name, figures)
 
 
-def _describe(row: Row[Any], figures: Mapping[str, Any]) -> Document:
+def _name_measured(step_id: str, figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the measurements of a benchmark by their ids: the step's own, or `STEP.N` of its Nth arm."""
+    if "arms" not in figures:
+        return [(step_id, figures)]
+    arms = enumerate(figures["arms"], 1)
+    return [(f"{step_id}.{number}", arm) for number, arm in arms if "error" not in arm]
+
+
+def _describe(row: Row[Any], measurement_id: str, figures: Mapping[str, Any]) -> Document:
     device = figures.get("device") or {}
     return {
-        "id": row.id,
+        "id": measurement_id,
         "job_id": row.job_id,
         "model": name_model(row.request["source"]),
         "variant": row.variant,

@@ -83,7 +83,10 @@ def judge_job(variant_states: Sequence[str], steps: Sequence[StepView]) -> JobSt
     succeeded = sum(state == VariantState.SUCCEEDED for state in variant_states)
     if succeeded == 0:
         return JobState.FAILED
-    is_measured = all(step.state == StepState.SUCCEEDED for step in steps if step.kind == "benchmark")
+    # One that succeeded with an error has measured some of its arms.
+    is_measured = all(
+        step.state == StepState.SUCCEEDED and step.error is None for step in steps if step.kind == "benchmark"
+    )
     return JobState.SUCCEEDED if succeeded == len(variant_states) and is_measured else JobState.PARTIAL
 
 

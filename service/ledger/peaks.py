@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, select
 
-from service.devices import PHONE_CLASS, PHONE_KINDS, parse_selector
+from service.devices import PHONE_CLASS, PHONE_KINDS, list_measured, parse_selector
 from service.errors import InvalidRequest, NotFound
 from service.fit import PEAKS, Peak, Shape
 from service.ledger.database import reads
@@ -53,8 +53,9 @@ def read_evidence(connection: Connection, tenant_id: str, artifact_id: str, sele
     )
     peaks: list[Peak] = []
     available: dict[str, tuple[int, str]] = {}
-    for row in connection.execute(measured.execution_options(yield_per=50)):
-        figures, device = row.figures, row.figures["device"]
+    rows = connection.execute(measured.execution_options(yield_per=50))
+    for row, figures in ((one, figures) for one in rows for figures in list_measured(one.figures)):
+        device = figures["device"]
         if row.params["format"] != row.kind:
             continue
         seen = {name: figures[name] for name in PEAKS if figures.get(name)}

@@ -171,7 +171,7 @@ def expand_planned(
                 variant,
             )
             for device in (request.devices if devices is None else devices)
-            for place, how in _ways(request, device)
+            for place, how in (_ways(request, device),)
             for kind in request.formats
         }
         add(
@@ -216,7 +216,7 @@ def expand_measuring(
             (variant,),
         )
         for device in devices
-        for place, how in _ways(request, device)
+        for place, how in (_ways(request, device),)
     ]
 
 
@@ -227,17 +227,24 @@ def _measuring_params(
     return {**place, **benchmark, **how, **_workload(lengths), **_signatures(lengths, model_format)}
 
 
-def _ways(request: JobRequest, device: str) -> list[tuple[str, dict[str, Any]]]:
-    """How a device is asked to compute, each by a name: the host in one way, a phone in each that the job names."""
+def _ways(request: JobRequest, device: str) -> tuple[str, dict[str, Any]]:
+    """How a device is asked to compute, and a name for that: the host in one way, a phone in all that the job names.
+
+    Several ways are arms of one step, which runs them in turns; threads are of the CPU.
+    """
     if device == HOST:
-        return [(device, {})]
-    ways = []
-    for backend in request.backends:
-        for threads in request.threads or (None,):
-            name = f"{device}:{backend}" + ("" if threads is None else f":{threads}")
-            asides = {"smoke_prompts": request.smoke_prompts, "profile": request.profile}
-            ways.append((name, {"backend": backend, "threads": threads, **asides}))
-    return ways
+        return device, {}
+    arms: list[dict[str, Any]] = [
+        {"backend": backend, "threads": threads}
+        for backend in request.backends
+        for threads in (request.threads if backend == "cpu" and request.threads else (None,))
+    ]
+    asides = {"smoke_prompts": request.smoke_prompts, "profile": request.profile}
+    if len(arms) > 1:
+        return device, {"arms": arms, **asides}
+    (arm,) = arms
+    name = f"{device}:{arm['backend']}" + ("" if arm["threads"] is None else f":{arm['threads']}")
+    return name, {**arm, **asides}
 
 
 def _signatures(facts: Mapping[str, Any], model_format: str) -> dict[str, Any]:

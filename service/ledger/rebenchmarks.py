@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, select
 
-from service.devices import PHONE_CLASS
+from service.devices import PHONE_CLASS, list_arms
 from service.errors import Conflict, NotFound, QuotaExceeded
 from service.ledger.benchmarks import submit_benchmark
 from service.ledger.database import Database, reads
@@ -112,12 +112,13 @@ def _find_outdated(connection: Connection, name: str, version: str, abi: str) ->
             abi=abi,
         )
     of_each: dict[tuple[str, _Way], tuple[Any, bool, int]] = {}
-    for row in connection.execution_options(yield_per=100).execute(_select_measured()):
-        tool = row.figures["device"].get("tool") or {}
+    rows = connection.execution_options(yield_per=100).execute(_select_measured())
+    for row, measured, asked in ((one, *arm) for one in rows for arm in list_arms(one.params, one.figures)):
+        tool = measured["device"].get("tool") or {}
         # A variant's other formats have measurements of their own.
         if (tool.get("name"), tool.get("abi"), row.params["format"]) != (name, abi, row.kind):
             continue
-        way = _way_of(row.figures["device"]["serial"], row.params)
+        way = _way_of(measured["device"]["serial"], asked)
         place = (_name_model(row), way)
         artifact = (row.published_at, row.artifact_id)
         best = of_each.get(place)
@@ -184,7 +185,8 @@ def _read_begun(connection: Connection, since: Any) -> set[tuple[str, _Way]]:
         .where(Step.kind == "benchmark", Step.resource_class == PHONE_CLASS, will_get_it)
     )
     return {
-        (row.id, _way_of(row.params["device"].removeprefix("serial="), row.params))
+        (row.id, _way_of(row.params["device"].removeprefix("serial="), asked))
         for row in rows
         if row.params["format"] == row.kind
+        for asked in row.params.get("arms") or (row.params,)
     }

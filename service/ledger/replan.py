@@ -81,17 +81,18 @@ def begin_again(
 def supersede_unfinished(tx: Transaction, job_id: str) -> dict[str, str]:
     """Set aside the steps that a new plan replaces; return the last state of each kind.
 
-    Those are all that did not succeed, and the succeeded preludes: what follows pins and plans anew.
+    Those are all that did not succeed, benchmarks that measured only some of their arms, and the succeeded preludes:
+    what follows pins and plans anew.
     """
     last_state: dict[str, str] = {}
     for row in tx.connection.execute(
-        select(Step.id, Step.kind, Step.state, Step.shared)
+        select(Step.id, Step.kind, Step.state, Step.error)
         .join(JobStep, JobStep.step_id == Step.id)
         .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
         .order_by(JobStep.position)
     ).all():
         last_state[row.kind] = row.state
-        if row.state != StepState.SUCCEEDED or row.kind in ("resolve", "plan"):
+        if row.state != StepState.SUCCEEDED or row.error is not None or row.kind in ("resolve", "plan"):
             tx.connection.execute(
                 update(JobStep).where(JobStep.job_id == job_id, JobStep.step_id == row.id).values(superseded=True)
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
+from service.devices import find_failed_arm
 from service.errors import BlobCondemned, ChildCrashed, DeviceHung, DeviceLost, EdgeKilnError, LeaseLost, Parked
 from service.ledger import locks
 from service.ledger.blobs import OutputFile, Reprieves, commit_blobs
@@ -83,7 +84,8 @@ def finish_step(
         figures=dict(success.figures),
         loss_count=0,
         progress=None,
-        error=None,
+        # Of several arms, some may have failed: what the others measured stands beside why.
+        error=find_failed_arm(success.figures) if claim.kind == "benchmark" else None,
     ):
         raise LeaseLost(f"The {claim.kind} step {claim.step_id} is no longer held by this worker.")
     commit_blobs(tx, success.outputs, success.reprieves)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, literal, select, tuple_
 
+from service.devices import list_measured
 from service.errors import InvalidRequest, NotFound
 from service.ledger.base import Base
 from service.ledger.clock import Instant
@@ -172,9 +173,10 @@ def _describe_variant(row: Any, artifacts: list[dict[str, Any]], steps: Sequence
         "artifacts": artifacts,
         **_proof(row.id, steps),
         "measurements": [
-            {"format": step["params"]["format"], **step["figures"]}
+            {"format": step["params"]["format"], **measured}
             for step in steps
             if step["kind"] == "benchmark" and step["figures"] and row.id in step["variant_ids"]
+            for measured in list_measured(step["figures"])
         ],
     }
 

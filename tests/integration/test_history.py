@@ -133,3 +133,31 @@ def test_a_later_benchmark_of_an_artifact_continues_its_series(world: World) -> 
         play.run_all()
         assert [entry["job_id"] for entry in http.get("/v1/measurements").json()["measurements"]] == [first, later]
     assert {each["baseline_job_id"] for each in find_regressions(play, later)} == {first}
+
+
+def test_arms_of_one_run_are_measurements_of_their_own(world: World) -> None:
+    play = MeasuredPlay(world)
+
+    def make_arms(gpu: float) -> dict[str, Any]:
+        error = {"code": "request_unfit", "message": "There is none.", "retryable": False, "details": {}}
+        return {
+            "arms": [
+                measured(interleaved=f"run of {gpu}/1"),
+                measured(scaled(gpu)[::-1], backend="gpu", threads=None, interleaved=f"run of {gpu}/1"),
+                {"format": "litertlm", "backend": "npu", "threads": None, "error": error},
+            ]
+        }
+
+    play.measure(make_arms(2.0))
+    later = play.measure(make_arms(1.5))
+    with world.http() as http:
+        entries = http.get("/v1/measurements").json()["measurements"]
+        assert [entry["backend"] for entry in entries] in (["cpu", "gpu"] * 2, ["gpu", "cpu"] * 2)
+        ids = {entry["backend"]: entry["id"] for entry in entries[:2]}
+        pair = {"baseline": ids["cpu"], "candidate": ids["gpu"]}
+        found = http.get("/v1/measurements/difference", params=pair).json()
+        assert {change["metric"]: change["verdict"] for change in found["changes"]}["decode_tokens_per_s"] == "faster"
+        away = {**pair, "candidate": ids["gpu"].replace(".2", ".3")}
+        assert http.get("/v1/measurements/difference", params=away).status_code == 404
+    (regression,) = [each for each in find_regressions(play, later) if each["metric"] == "decode_tokens_per_s"]
+    assert regression["baseline_id"] == ids["gpu"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.devices import TOOLS as FORMAT_TOOLS
-from service.errors import ToolReportInvalid
+from service.errors import RequestUnfit, ToolReportInvalid
 from tests.unit.workers.devices.test_profiles import TABS as PROFILE
 from tests.unit.workers.devices.test_reports import BENCHMARK_MODEL, LITERT_LM
 from tests.unit.workers.devices.test_smoke import write_answers
@@ -89,6 +89,8 @@ def run(server: AdbServer, attached: AttachedPhone, tmp_path: Path) -> Run:
             "record": record,
             "run": "step_1-1",
             "cool_down_s": 0,
+            "answer_s": 30.0,
+            "process_deadline_s": 60.0,
             "logit_range": 10.0,
             "tool": {
                 "name": tool,
@@ -158,3 +160,30 @@ def test_a_profile_runs_apart_from_what_is_timed(run: Run, attached: AttachedPho
 def test_control_who_asks_for_no_profile_gets_none(run: Run, attached: AttachedPhone) -> None:
     assert "profile" not in run("tflite", signatures=["decode"])
     assert "profiling" not in (attached.root / "calls").read_text()
+
+
+def test_arms_have_a_document_each_and_one_that_cannot_be_says_why(
+    run: Run, attached: AttachedPhone, tmp_path: Path
+) -> None:
+    arms = [{"backend": "cpu", "threads": 2}, {"backend": "npu", "threads": None}, {"backend": "gpu", "threads": None}]
+    cpu, npu, gpu = run("tflite", signatures=["decode"], arms=arms)["arms"]
+    assert npu["error"]["code"] == "request_unfit"
+    assert cpu["interleaved"] == gpu["interleaved"] == "step_1-1/1"
+    written = {one["document"]: one["backend"] for one in (cpu, gpu)}
+    for name, backend in written.items():
+        assert json.loads((tmp_path / "out" / name).read_text())["backend"] == backend
+    timed = (attached.root / "calls").read_text().splitlines()
+    assert ["--use_gpu=true" in line for line in timed[2:8]] == [False, True, True, False, False, True]
+    assert "--num_threads=2" in timed[0]
+
+
+def test_arms_cache_apart(run: Run, attached: AttachedPhone) -> None:
+    run(arms=[{"backend": "cpu", "threads": 1}, {"backend": "cpu", "threads": 2}])
+    caches = {call.split("--cache_dir=")[1].split()[0] for call in (attached.root / "calls").read_text().splitlines()}
+    assert len(caches) == 2
+
+
+def test_where_no_arm_can_be_the_request_is_refused(run: Run, attached: AttachedPhone) -> None:
+    with pytest.raises(RequestUnfit):
+        run("tflite", arms=[{"backend": "npu", "threads": None}, {"backend": "npu", "threads": 2}])
+    assert not (attached.root / "calls").exists()

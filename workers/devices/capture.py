@@ -5,28 +5,34 @@
     3. `processes` fresh ones, each after the device was found fit
     4. a capture that is noisy or hot is kept, marked, and run once more; the last one counts, whatever it says
 
-Owns the order, the figures and the verdict; knows no device. A device gives `Device`: how one process is run, and how
-one waits until it is fit. Called by `workers.devices.host` and `workers.devices.phone`.
+Several arms (ways to run one artifact on one device) go through this together: in each round of 3. and 4. every arm
+runs one process, in an order that turns from round to round, so that what drifts disturbs all alike (decision 31).
+An arm that fails takes no other's figures away.
+
+Owns the order and the documents; knows no device, and `workers.devices.figures` makes the figures. A device gives
+`Device`: how one process is run, and how one waits until it is fit. Called by `workers.devices.host` and
+`workers.devices.phone`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.errors import DeviceHot
-from workers.devices.statistics import Verdict, judge, percentiles, summarize, worst
+from service.errors import BenchmarkFailed, DeviceHot, EdgeKilnError, RequestUnfit, ToolReportInvalid
+from workers.devices.figures import summarize_capture, summarize_cold
+from workers.devices.statistics import Verdict
 from workers.steps import Progress
+
+log = logging.getLogger(__name__)
 
 #: What becomes of a measurement besides its figures: every sample, the conditions, the commands, the raw logs.
 DOCUMENT = "measurement.json"
-#: Figures of a bundle, one sample a process.
-BUNDLE_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "init_s")
-MEMORY_FIGURES = ("peak_rss_bytes", "peak_anon_bytes", "peak_pss_bytes")
 #: Captures that are worth another try: what disturbed them may be over.
 _RUN_AGAIN = (Verdict.NOISY, Verdict.HOT)
 
@@ -59,149 +65,147 @@ class Device:
     asides: Mapping[str, Callable[[], Aside]] = field(default_factory=dict)
 
 
-def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """Run the protocol and return one measurement's figures; writes `DOCUMENT` with all that they are made of.
+@dataclass(frozen=True)
+class Arm:
+    """One way to measure an artifact: a device as it is seen that way, and what is asked of it."""
 
-    `asked`: `format`, `processes`, `threads`, `backend`, and for bundles `prefill_tokens` and `decode_tokens`.
-    """
-    before = device.read_conditions()
-    captures: list[dict[str, Any]] = []
-    total = asked["processes"] + 1
+    device: Device
+    #: `format`, `processes`, `threads`, `backend`, and for bundles `prefill_tokens` and `decode_tokens`.
+    asked: Mapping[str, Any]
 
-    def run(label: str, number: int) -> dict[str, Any]:
-        again = "" if not captures else ", once more"
-        progress(f"benchmark {asked['format']} on {device.record['name']}: {label}{again}", number / total)
+
+@dataclass(eq=False)
+class _Course:
+    """What has become of an arm so far."""
+
+    arm: Arm
+    before: Mapping[str, Any] = field(default_factory=dict)
+    cold: dict[str, Any] = field(default_factory=dict)
+    asides: Mapping[str, Aside] = field(default_factory=dict)
+    captures: list[dict[str, Any]] = field(default_factory=list)
+    #: Its own; what befalls the device ends all arms.
+    error: EdgeKilnError | None = None
+
+    @contextmanager
+    def owning_faults(self) -> Iterator[None]:
+        """Keep an arm's own failure from the others."""
+        try:
+            yield
+        except (BenchmarkFailed, RequestUnfit, ToolReportInvalid) as error:
+            self.error = error
+
+    def run(self, label: str) -> dict[str, Any]:
+        """Run one process once the device is fit, and return its sample."""
+        device = self.arm.device
         device.wait_until_fit()
         sample = device.run_process(label)
         return {**sample, "thermal_status": device.read_conditions().get("thermal_status")}
 
-    cold = run("cold process", 0)
-    asides = {name: ask() for name, ask in device.asides.items()}
-    while not captures or (len(captures) == 1 and captures[0]["verdict"] in _RUN_AGAIN):
-        try:
-            warm = [run(f"process {number} of {asked['processes']}", number) for number in range(1, total)]
-        except DeviceHot:
-            if not captures:
-                raise
-            # The first capture stands, with its verdict.
-            break
-        figures, verdict = _summarize(asked, warm, captures[-1]["samples"] if captures else ())
-        captures.append({"verdict": str(verdict), "figures": figures, "samples": warm})
-    figures = {**captures[-1]["figures"], **device.measure_memory()}
-    ran_on = {sample["ran_on"]: None for sample in captures[-1]["samples"] if "ran_on" in sample}
-    found = {
-        "device": dict(device.record),
-        "backend": asked["backend"],
-        # Where at least one process really ran, where that is not the backend that was asked for.
-        **({"ran_on": " and ".join(ran_on)} if ran_on else {}),
-        "threads": asked["threads"],
-        "format": asked["format"],
-        "conditions": {"before": before, "after": device.read_conditions()},
-        **figures,
-        "cold": _summarize_cold(asked, cold),
-        **{name: dict(aside.figures) for name, aside in asides.items()},
-        "captures": len(captures),
-        "verdict": captures[-1]["verdict"],
-    }
-    whole = {name: dict(aside.whole) for name, aside in asides.items()}
-    document = {**found, **whole, "asked": dict(asked), "cold_sample": cold, "captures": captures}
-    (output_dir / DOCUMENT).write_text(json.dumps(document, indent=1))
+    def begin(self) -> None:
+        """Do what comes before anything is timed."""
+        self.before = self.arm.device.read_conditions()
+        self.cold = self.run("cold process")
+        self.asides = {name: ask() for name, ask in self.arm.device.asides.items()}
+
+    def add_capture(self, samples: list[dict[str, Any]]) -> None:
+        """Judge a whole capture and keep it."""
+        earlier = self.captures[-1]["samples"] if self.captures else ()
+        figures, verdict = summarize_capture(self.arm.asked, samples, earlier)
+        self.captures.append({"verdict": str(verdict), "figures": figures, "samples": samples})
+
+    def end(self, interleaved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the figures, and the document with all that they are made of."""
+        device, asked, last = self.arm.device, self.arm.asked, self.captures[-1]
+        memory = device.measure_memory()
+        ran_on = {sample["ran_on"]: None for sample in last["samples"] if "ran_on" in sample}
+        found = {
+            "device": dict(device.record),
+            "backend": asked["backend"],
+            # Where at least one process really ran, where that is not the backend that was asked for.
+            **({"ran_on": " and ".join(ran_on)} if ran_on else {}),
+            "threads": asked["threads"],
+            "format": asked["format"],
+            "conditions": {"before": self.before, "after": device.read_conditions()},
+            **last["figures"],
+            **memory,
+            "cold": summarize_cold(asked, self.cold),
+            **{name: dict(aside.figures) for name, aside in self.asides.items()},
+            "captures": len(self.captures),
+            "verdict": last["verdict"],
+            **interleaved,
+        }
+        whole = {name: dict(aside.whole) for name, aside in self.asides.items()}
+        return found, {**found, **whole, "asked": dict(asked), "cold_sample": self.cold, "captures": self.captures}
+
+
+def measure(device: Device, asked: Mapping[str, Any], output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """Run the protocol for one arm and return its figures; writes `DOCUMENT` with all that they are made of."""
+    (found,) = measure_arms([Arm(device, asked)], "", output_dir, progress)
+    if isinstance(found, EdgeKilnError):
+        raise found
     return found
 
 
-def find_fault(sample: Mapping[str, Any], model_format: str, memory: Sequence[str] = ()) -> str | None:
-    """Say what is missing from a process's answer, or None: the runtimes report failures as zeros and exit with 0."""
-    if model_format == "tflite":
-        latency_ms = sample.get("latency_ms") or {}
-        if not latency_ms:
-            return "reported no signature"
-        flat = {f"latency_ms of {name}": value for name, found in latency_ms.items() for value in _flatten(found)}
-        flat["init_s"] = sample.get("init_s")
-    else:
-        flat = {name: sample.get(name) for name in (*BUNDLE_FIGURES, "prefill_tokens", "decode_tokens")}
-    for name in memory:
-        flat[name] = sample.get(name)
-    for name, value in flat.items():
-        if value is None:
-            return f"reported no {name}"
-        if not math.isfinite(value) or value <= 0:
-            return f"reported {name} = {value}"
-    return None
+def measure_arms(
+    arms: Sequence[Arm], run: str, output_dir: Path, progress: Progress
+) -> list[dict[str, Any] | EdgeKilnError]:
+    """Run the protocol for arms of one device, interleaved; return each one's figures, or why it has none.
+
+    `run` names this run among all. Several arms have a document each, which their figures name (`document`), and say
+    which capture of which run they are of (`interleaved`): samples of equal ones, and of one `round`, ran in turns.
+    """
+    courses = [_Course(arm) for arm in arms]
+    for course in courses:
+        with course.owning_faults():
+            progress(f"benchmark {_name(course.arm)}: cold process", 0.0)
+            course.begin()
+    _take_capture(courses, 0, progress)
+    try:
+        _take_capture([course for course in courses if _is_worth_another(course)], 1, progress)
+    except DeviceHot:
+        # The first captures stand, with their verdicts.
+        log.info("too hot for a second capture")
+    found: list[dict[str, Any] | EdgeKilnError] = []
+    for number, course in enumerate(courses, 1):
+        is_one_of_many = len(courses) > 1
+        name = f"measurement-{number}.json" if is_one_of_many else DOCUMENT
+        with course.owning_faults():
+            if course.error is None:
+                together = {"interleaved": f"{run}/{len(course.captures)}", "document": name} if is_one_of_many else {}
+                figures, document = course.end(together)
+                (output_dir / name).write_text(json.dumps(document, indent=1))
+                found.append(figures)
+        if course.error is not None:
+            found.append(course.error)
+    return found
 
 
-def _flatten(latency: Any) -> list[Any]:
-    if isinstance(latency, Mapping):
-        return [latency.get("median", latency.get("avg"))]
-    return list(latency) or [None]
+def _take_capture(courses: Sequence[_Course], number: int, progress: Progress) -> None:
+    """Run a capture of the arms that can go on: rounds of a process each. A capture that breaks off is none."""
+    courses = [course for course in courses if course.error is None]
+    if not courses:
+        return
+    processes = courses[0].arm.asked["processes"]
+    samples: dict[_Course, list[dict[str, Any]]] = {course: [] for course in courses}
+    for turn in range(processes):
+        first = turn % len(courses)
+        for course in (*courses[first:], *courses[:first]):
+            if course.error is None:
+                with course.owning_faults():
+                    label = f"process {turn + 1} of {processes}"
+                    again = ", once more" if number else ""
+                    progress(f"benchmark {_name(course.arm)}: {label}{again}", (turn + 1) / (processes + 1))
+                    samples[course].append({**course.run(label), "round": number * processes + turn + 1})
+    for course in courses:
+        if course.error is None:
+            course.add_capture(samples[course])
 
 
-_Samples = Sequence[Mapping[str, Any]]
+def _is_worth_another(course: _Course) -> bool:
+    return course.error is None and course.captures[-1]["verdict"] in _RUN_AGAIN
 
 
-def _summarize(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples) -> tuple[dict[str, Any], Verdict]:
-    """Return the figures and the verdict of a capture; `earlier` is the one that it repeats."""
-    figures: dict[str, Any] = {"processes": len(warm)}
-    if asked["format"] == "tflite":
-        verdict = _summarize_graph(asked, warm, earlier, figures)
-    else:
-        verdict = _summarize_bundle(asked, warm, earlier, figures)
-    # The largest of all processes: memory is a peak, not a typical value.
-    for name in MEMORY_FIGURES:
-        if all(sample.get(name) for sample in warm):
-            figures[name] = max(sample[name] for sample in warm)
-    if any(sample["thermal_status"] for sample in warm):
-        verdict = worst([verdict, Verdict.HOT])
-    return figures, verdict
-
-
-def _summarize_bundle(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples, figures: dict[str, Any]) -> Verdict:
-    for name in BUNDLE_FIGURES:
-        figures[name] = summarize([sample[name] for sample in warm]).to_json()
-    counts = ("prefill_tokens", "decode_tokens")
-    figures.update({name: min(sample[name] for sample in warm) for name in counts})
-    is_cut = any(figures[name] < asked[name] for name in counts)
-    # Init and TTFT are shown, but throughput is what gates and comparisons read.
-    return worst(
-        judge(
-            [sample[name] for sample in warm],
-            asked["processes"],
-            is_cut=is_cut,
-            earlier=[sample[name] for sample in earlier],
-        )
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s")
+def _name(arm: Arm) -> str:
+    return (
+        f"{arm.asked['format']} on {arm.device.record['name']} ({arm.asked['backend']}, {arm.asked['threads']} threads)"
     )
-
-
-def _summarize_graph(asked: Mapping[str, Any], warm: _Samples, earlier: _Samples, figures: dict[str, Any]) -> Verdict:
-    figures["init_s"] = summarize([sample["init_s"] for sample in warm]).to_json()
-    figures["latency_ms"] = {}
-    verdicts = []
-    for name in warm[0]["latency_ms"]:
-        # One sample a process, its median: iterations of one process are not independent of each other.
-        medians = [_middle(sample["latency_ms"][name]) for sample in warm]
-        figures["latency_ms"][name] = summarize(medians).to_json()
-        every = [value for sample in warm if isinstance(found := sample["latency_ms"][name], list) for value in found]
-        if every:
-            figures["latency_ms"][name]["iterations"] = percentiles(every)
-        before = [_middle(sample["latency_ms"][name]) for sample in earlier]
-        verdicts.append(judge(medians, asked["processes"], less_is_better=True, earlier=before))
-    return worst(verdicts)
-
-
-def _middle(latency: Any) -> float:
-    """A process's median: of its iterations where the tool tells them, else the one that the tool tells."""
-    if isinstance(latency, Mapping):
-        return float(latency.get("median", latency["avg"]))
-    return summarize(latency).median
-
-
-def _summarize_cold(asked: Mapping[str, Any], cold: Mapping[str, Any]) -> dict[str, Any]:
-    memory = {name: cold[name] for name in MEMORY_FIGURES if cold.get(name)}
-    if asked["format"] != "tflite":
-        return {**{name: cold[name] for name in BUNDLE_FIGURES}, **memory}
-    first_ms = {name: _first(found) for name, found in cold["latency_ms"].items()}
-    return {"init_s": cold["init_s"], "first_ms": first_ms, **memory}
-
-
-def _first(latency: Any) -> float:
-    return float(latency["first"] if isinstance(latency, Mapping) else latency[0])

@@ -22,8 +22,9 @@ from typing import Any
 import workers
 from service.errors import BenchmarkFailed
 from service.recipes import FORMATS, require_known
-from workers.devices.capture import Device, find_fault, measure
+from workers.devices.capture import Device, measure
 from workers.devices.conditions import describe_host, describe_tools, read_conditions, read_process_memory
+from workers.devices.figures import find_fault
 from workers.steps import Progress, run_by_hand
 
 _DEFAULTS: dict[str, Any] = {

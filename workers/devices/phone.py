@@ -3,59 +3,25 @@
     prepare   takes leftovers away, brings tool and model, checks their digests there, waits until the phone is cool
     measure   runs the tool, a fresh process a sample
 
-Between the two the worker writes down that the tool is about to start. Owns running a tool on a phone; what its samples
-amount to is `workers.devices.capture`'s. Called by `workers.runner`. `params["phone"]` is what only the worker knows:
-`adb_host`, `adb_port`, `answer_s`, `serial`, `record`, `run`, `cool_down_s`, `process_deadline_s`, and `tool` (`name`,
-`version`, `abi`, `files`: name -> SHA-256); `inputs["tool"]` holds its files.
+Between the two the worker writes down that the tool is about to start. Owns the order; each way to run the artifact
+(of `params["arms"]`, or the one that `backend` and `threads` say) is a `workers.devices.bench.Bench`. Called by
+`workers.runner`. `params["phone"]` is what only the worker knows: `adb_host`, `adb_port`, `answer_s`, `serial`,
+`record`, `run`, `cool_down_s`, `process_deadline_s`, `logit_range`, and `tool` (`name`, `version`, `abi`, `files`: name
+-> SHA-256); `inputs["tool"]` holds its files, `inputs["answers"]` those that `workers.devices.smoke` needs.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from service.devices import BACKENDS, TOOLS
-from service.errors import BenchmarkFailed, DeviceHot, DeviceLost, DeviceUnauthorized, ToolReportInvalid
-from service.recipes import FORMATS, require_known
-from workers.devices.adb import Adb, Phone, quote
-from workers.devices.android import THERMAL_STATUSES, find_big_cores, read_conditions, read_record
-from workers.devices.capture import Aside, Device, find_fault
-from workers.devices.capture import measure as run_protocol
-from workers.devices.commands import PARSERS, PROFILE_FLAG, build_arguments, build_question, find_fallback
-from workers.devices.processes import Processes
-from workers.devices.profiles import parse_profile
-from workers.devices.reports import parse_answer, refuse_unknown_flags
-from workers.devices.smoke import Answers, read_answers
-from workers.devices.traces import (
-    digest_file,
-    open_run,
-    place_tool,
-    push_checked,
-    require_room,
-    run_dir,
-    tool_dir,
-)
+from service.errors import EdgeKilnError
+from workers.devices.adb import quote
+from workers.devices.bench import Bench
+from workers.devices.capture import measure_arms
+from workers.devices.traces import digest_file, open_run, place_tool, push_checked, require_room
 from workers.steps import Progress
-
-_DEFAULTS: dict[str, Any] = {
-    "backend": "cpu",
-    "processes": 6,
-    "prefill_tokens": 128,
-    "decode_tokens": 128,
-    "threads": None,
-    "signatures": [],
-    "smoke_prompts": 0,
-    "profile": False,
-}
-#: Node types of a profile that the ledger keeps; the document has all.
-_TYPES_IN_FIGURES = 5
-#: Cores that a language model uses well on a phone, where the job does not say.
-_THREADS = 4
-#: Between two looks at a phone that cools down.
-_COOLING_POLL_S = 5.0
 
 
 def prepare(
@@ -66,11 +32,16 @@ def prepare(
     Raises `DeviceLost`, `DeviceHung`, `DeviceUnauthorized`, `DeviceFull`, `DeviceHot`, `AdbUnavailable`, and
     `RequestUnfit` for what the tool cannot do.
     """
-    bench = _Bench(params, inputs, progress)
-    bench.check_request()
+    benches = _make_benches(params, inputs, progress)
+    bench = benches[0]
+    bench.check_model()
+    unfit = [error for each in benches if (error := each.find_unfit())]
+    if len(unfit) == len(benches):
+        raise unfit[0]
     bench.check_identity()
     open_run(bench.phone, bench.run)
-    require_room(bench.phone, bench.model.stat().st_size)
+    require_room(bench.phone, bench.model.stat().st_size, caches=len(benches))
+    bench.phone.read(f"mkdir -p {quote(*(each.cache_dir for each in benches))}")
     progress("bringing the tool", 0.0)
     _, is_new = place_tool(bench.phone, inputs["tool"], bench.tool["files"])
     digest, size_bytes = digest_file(bench.model), bench.model.stat().st_size
@@ -92,199 +63,26 @@ def measure(
 ) -> dict[str, Any]:
     """Measure what `prepare` has brought and return one measurement, see `capture.measure`; never repeated by itself.
 
+    Where `params["arms"]` names several ways (`backend`, `threads`), `arms` holds a measurement of each, or an `error`.
     Raises `ToolReportInvalid` and `BenchmarkFailed` for what the tool says or does, `DeviceLost`, `DeviceHung` and
     `DeviceHot` for what becomes of the phone.
     """
-    bench = _Bench(params, inputs, progress)
-    device = Device(
-        record=bench.describe(),
-        run_process=bench.run_process,
-        read_conditions=partial(read_conditions, bench.phone),
-        wait_until_fit=bench.wait_until_cool,
-        measure_memory=bench.measure_memory,
-        asides=bench.asides,
-    )
-    return run_protocol(device, bench.asked, output_dir, progress)
+    benches = _make_benches(params, inputs, progress)
+    arms = [bench.make_arm() for bench in benches if not bench.find_unfit()]
+    measured = iter(measure_arms(arms, benches[0].run, output_dir, progress))
+    found = [bench.find_unfit() or next(measured) for bench in benches]
+    errors = [each for each in found if isinstance(each, EdgeKilnError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    told = [bench.describe_outcome(each) for bench, each in zip(benches, found, strict=True)]
+    return told[0] if len(told) == 1 else {"arms": told}
 
 
-class _Bench:
-    """One phone, one tool, one model."""
-
-    def __init__(self, params: Mapping[str, Any], inputs: Mapping[str, Path], progress: Progress) -> None:
-        host_side = params["phone"]
-        defaults = {**_DEFAULTS, "process_deadline_s": host_side["process_deadline_s"]}
-        self.asked = {**defaults, **{name: value for name, value in params.items() if value is not None}}
-        self.asked.pop("phone")
-        self.phone: Phone = Adb(host_side["adb_host"], host_side["adb_port"], host_side["answer_s"]).phone(
-            host_side["serial"]
-        )
-        self.run: str = host_side["run"]
-        self.tool: Mapping[str, Any] = host_side["tool"]
-        self._record: Mapping[str, Any] = host_side["record"]
-        self._cool_down_s: float = host_side["cool_down_s"]
-        self._progress = progress
-        self.model = inputs["artifact"] / f"model.{self.asked['format']}"
-        self.remote_model = f"{run_dir(self.run)}/{self.model.name}"
-        self.answers = self._read_answers(inputs.get("answers"), host_side.get("logit_range") or 0.0)
-        self._mask = find_big_cores(self._record) if self.asked["backend"] == "cpu" else None
-        if self.asked["threads"] is None:
-            fast = bin(int(self._mask, 16)).count("1") if self._mask else self._record.get("cores") or _THREADS
-            self.asked["threads"] = min(_THREADS, fast)
-
-    def check_request(self) -> None:
-        require_known("format", self.asked["format"], FORMATS)
-        require_known("backend", self.asked["backend"], BACKENDS)
-        build_arguments(self.asked, self.remote_model, "", None)
-        if not self.model.is_file():
-            raise BenchmarkFailed(f"There is no {self.model.name} in {self.model.parent} to benchmark.")
-
-    def check_identity(self) -> None:
-        """Make sure that the phone at this serial number is the one that the lease is for, and that it is up."""
-        state = self.phone.adb.states().get(self.phone.serial)
-        if state == "unauthorized":
-            raise DeviceUnauthorized(f"{self.phone.serial} does not trust this host's adb key.")
-        if state != "device":
-            raise DeviceLost(f"{self.phone.serial} is {state or 'not attached'}.", serial=self.phone.serial)
-        found = read_record(self.phone)
-        if found["serial"] != self._record["serial"] or found["boot_id"] is None:
-            raise DeviceLost(
-                f"{self.phone.serial} is now the phone {found['serial']}, not {self._record['serial']}.",
-                serial=self.phone.serial,
-            )
-        # Whatever started it anew before this run is no matter.
-        self._record = {**self._record, "boot_id": found["boot_id"]}
-
-    def describe(self) -> dict[str, Any]:
-        """The device as the measurement names it, with what ran there."""
-        self.check_identity()
-        record = {name: value for name, value in self._record.items() if name != "boot_id"}
-        return {
-            **record,
-            "tool": dict(self.tool),
-            "artifact": {"sha256": digest_file(self.model), "size_bytes": self.model.stat().st_size},
-            "big_core_mask": self._mask,
-            "commands": [quote(*self._command(signature)) for signature in self._signatures],
-        }
-
-    def wait_until_cool(self) -> None:
-        """Return when the phone holds nothing down; raises `DeviceHot` when that takes too long."""
-        give_up_at = time.monotonic() + self._cool_down_s
-        while True:
-            status = read_conditions(self.phone)["thermal_status"]
-            if not status:
-                return
-            word = THERMAL_STATUSES[min(status, len(THERMAL_STATUSES) - 1)]
-            if time.monotonic() >= give_up_at:
-                raise DeviceHot(
-                    f"{self.phone.serial} is hot (thermal status {status}, {word}) and did not cool down within "
-                    f"{self._cool_down_s:.0f} s.",
-                    thermal_status=status,
-                )
-            self._progress(f"waiting for the phone to cool down: thermal status {word}")
-            time.sleep(_COOLING_POLL_S)
-
-    @property
-    def _signatures(self) -> list[str | None]:
-        return list(self.asked["signatures"]) or [None] if self.asked["format"] == "tflite" else [None]
-
-    @property
-    def _cache_dir(self) -> str:
-        return f"{run_dir(self.run)}/cache"
-
-    def _command(self, signature: str | None) -> list[str]:
-        return self._pin(build_arguments(self.asked, self.remote_model, self._cache_dir, signature))
-
-    def _pin(self, arguments: list[str]) -> list[str]:
-        """Return the command that runs the tool on the cores that are meant."""
-        home = tool_dir(self.tool["files"])
-        pinned = ["taskset", self._mask] if self._mask else []
-        # The tool's libraries lie beside it.
-        return ["env", f"LD_LIBRARY_PATH={home}", *pinned, f"{home}/{self.tool['name']}", *arguments]
-
-    def run_process(self, label: str) -> dict[str, Any]:
-        """Run one fresh process, or one a signature, and return its sample, checked."""
-        if self.asked["format"] != "tflite":
-            return self._run_tool(label, None)
-        runs = {signature: self._run_tool(label, signature) for signature in self._signatures}
-        sample = {
-            "init_s": max(run["init_s"] for run in runs.values()),
-            "latency_ms": {
-                signature or "default": {**run["latency_ms"], "first": run["first_ms"]}
-                for signature, run in runs.items()
-            },
-            "logs": [run["log"] for run in runs.values()],
-        }
-        ran_on = [run["ran_on"] for run in runs.values() if "ran_on" in run]
-        return {**sample, "ran_on": ran_on[0]} if ran_on else sample
-
-    def _run_tool(self, label: str, signature: str | None) -> dict[str, Any]:
-        finished = self._processes.start(label, self._command(signature))
-        sample = {**PARSERS[self.asked["format"]](finished.log), "wall_s": finished.wall_s, "log": finished.log}
-        if fault := find_fault({**sample, "latency_ms": {"": sample.get("latency_ms")}}, self.asked["format"]):
-            raise ToolReportInvalid(f"The {label} of {self.tool['name']} on {self.phone.serial} {fault}.")
-        fallback = find_fallback(self.asked, sample)
-        return {**sample, "ran_on": fallback} if fallback else sample
-
-    @property
-    def _processes(self) -> Processes:
-        return Processes(
-            self.phone, self.run, self.tool["name"], self._record["boot_id"], self.asked["process_deadline_s"]
-        )
-
-    def measure_memory(self) -> dict[str, Any]:
-        """Read the peaks of one more process while it runs; what the phone does not show stays missing."""
-        return self._processes.watch_memory(self._command(self._signatures[0]))
-
-    def _read_answers(self, folder: Path | None, logit_range: float) -> Answers | None:
-        """Read what the host's graph answered, where smoke generation is asked for and can be compared."""
-        count = self.asked["smoke_prompts"]
-        if folder is None or not count or TOOLS[self.asked["format"]] != "litert_lm_advanced_main":
-            return None
-        return read_answers(folder, count, self.asked["backend"], logit_range)
-
-    @property
-    def asides(self) -> dict[str, Callable[[], Aside]]:
-        """What is asked beside figures, where it is asked for and the tool can tell it."""
-        asked: dict[str, Callable[[], Aside]] = {}
-        if self.answers is not None:
-            asked["smoke"] = self.answer_prompts
-        if self.asked["profile"] and TOOLS[self.asked["format"]] == "benchmark_model":
-            asked["profile"] = self.profile
-        return asked
-
-    def profile(self) -> Aside:
-        """Run a process a signature that tells what each node takes; its times are never pooled with others."""
-        figures, whole = {}, {}
-        for signature in self._signatures:
-            name = signature or "default"
-            finished = self._processes.start(f"profile of {name}", [*self._command(signature), PROFILE_FLAG])
-            refuse_unknown_flags(self.tool["name"], finished.log)
-            graphs = parse_profile(finished.log)
-            figures[name] = [
-                {
-                    "graph": graph["graph"],
-                    "nodes_executed": graph["nodes_executed"],
-                    "by_type": graph["by_type"][:_TYPES_IN_FIGURES],
-                }
-                for graph in graphs
-            ]
-            whole[name] = {"graphs": graphs, "log": finished.log}
-        return Aside(figures, whole)
-
-    def answer_prompts(self) -> Aside:
-        """Ask the artifact, a process a prompt; the document gets every word of both sides."""
-        assert self.answers is not None
-        found = []
-        for number, question in enumerate(self.answers.questions, 1):
-            label = f"answer {number} of {len(self.answers.questions)}"
-            arguments = build_question(
-                self.asked, self.remote_model, self._cache_dir, question.prompt, question.limit_tokens
-            )
-            finished = self._processes.start(label, self._pin(arguments), words_apart=True)
-            found.append({**parse_answer(finished.words, finished.log), "log": finished.log})
-        told = [
-            {"prompt": question.prompt, "expected": self.answers.decode(question.expected.tokens), **answer}
-            for question, answer in zip(self.answers.questions, found, strict=True)
-        ]
-        figures = self.answers.compare(found)
-        return Aside(figures, {**figures, "answers": told})
+def _make_benches(params: Mapping[str, Any], inputs: Mapping[str, Path], progress: Progress) -> list[Bench]:
+    """Return a bench for every arm that is asked for."""
+    arms = params.get("arms") or [{}]
+    shared = {name: value for name, value in params.items() if name != "arms"}
+    return [
+        Bench({**shared, **arm}, inputs, progress, "cache" if number == 1 else f"cache-{number}")
+        for number, arm in enumerate(arms, 1)
+    ]

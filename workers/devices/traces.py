@@ -24,8 +24,8 @@ _RUNS = f"{HOME}/runs"
 _STAY_ON = "stay_on_while_plugged_in"
 #: A digest of a file takes a phone a second more for each of so many bytes.
 _SLOWEST_DIGEST_BYTES_PER_S = 20_000_000
-#: Left free beside the model: caches are about as large as the weights.
-_CACHE_SHARE = 2.2
+#: Left free beside the model for each cache: it is about as large as the weights.
+_CACHE_SHARE = 1.2
 _LEAST_FREE_BYTES = 64 * 1024 * 1024
 
 #: Ends one run (`$run`) and puts back what it changed. A process is killed only if it is still the one that was
@@ -68,9 +68,9 @@ def close_runs(phone: Phone) -> None:
     phone.read(f'for run in {_RUNS}/*; do [ -d "$run" ] || continue\n{_END_RUN}done; rm -rf {_RUNS}')
 
 
-def require_room(phone: Phone, model_bytes: int) -> None:
+def require_room(phone: Phone, model_bytes: int, caches: int = 1) -> None:
     """Raise `DeviceFull` unless a model, its caches and a reserve fit."""
-    needed_bytes = int(model_bytes * _CACHE_SHARE) + _LEAST_FREE_BYTES
+    needed_bytes = int(model_bytes * (1 + caches * _CACHE_SHARE)) + _LEAST_FREE_BYTES
     lines = phone.read("df -k /data/local/tmp").strip().splitlines()
     try:
         free_bytes = int(lines[-1].split()[3]) * 1024

@@ -57,9 +57,21 @@ class Lab(Bench):
         return held
 
     def finish(self, held: claims.Claim, device: dict[str, Any], **figures: Any) -> None:
-        params = {name: held.params.get(name) for name in ("format", "backend", "threads")}
-        document = self.play.put("measurement.json", f"{held.step_id} measured".encode())
-        success = results.Success({"device": device, "verdict": "stable", **params, **figures}, [document])
+        """Finish a benchmark with a measurement of each of its arms, in a document of its own."""
+        arms = held.params.get("arms")
+        names = [f"measurement-{number}.json" for number, _ in enumerate(arms, 1)] if arms else ["measurement.json"]
+        documents = [self.play.put(name, f"{held.step_id} {name}".encode()) for name in names]
+        found = [
+            {
+                "device": device,
+                "verdict": "stable",
+                **{part: {**held.params, **way}.get(part) for part in ("format", "backend", "threads")},
+                **({"document": name} if arms else {}),
+                **figures,
+            }
+            for name, way in zip(names, arms or [{}], strict=True)
+        ]
+        success = results.Success({"arms": found} if arms else found[0], documents)
         results.finish_step(self.database, held, success, TOOLCHAIN, BENCHMARK)
 
     def state(self, job_id: str) -> str:
@@ -119,16 +131,16 @@ def test_it_is_asked_for_as_its_own_job_would_have_asked(lab: Lab) -> None:
         "serial=A", backends=["cpu", "gpu"], threads=[4], artifact_id=lab.artifacts(submitted)[0]["id"], priority=-1
     )
     # What was asked for later has the lower priority.
-    made, later = ({held.params["backend"]: held.params for held in map(lab.measure, "AA")} for _ in range(2))
-    own = {"processes": None}
-    assert {name: asked | own for name, asked in made.items()} == {name: asked | own for name, asked in later.items()}
-    assert later["gpu"]["signatures"] == ["prefill_8", "decode"]
+    made, later = (lab.measure("A").params for _ in range(2))
+    own = {"processes": None, "threads": None}
+    assert {**made, **own} == {**later, **own}
+    assert later["signatures"] == ["prefill_8", "decode"]
 
 
 def test_all_and_several_ways_are_measured_each(lab: Lab) -> None:
     lab.attach("A", "B")
     job_id = lab.benchmark("all", backends=["cpu", "gpu"])
-    for device_id in ("A", "A", "B", "B"):
+    for device_id in ("A", "B"):
         lab.measure(device_id)
     assert lab.state(job_id) == "succeeded"
     assert lab.measured() == 4

@@ -83,14 +83,41 @@ def test_all_means_each_phone_that_is_ready(play: Play) -> None:
     assert claim(play, "A") is None
 
 
-def test_backends_and_threads_are_measured_each(play: Play) -> None:
+def test_backends_and_threads_are_arms_of_one_run(play: Play) -> None:
     attach(play, "A")
     submit(play, "any", backends=["cpu", "gpu"], threads=[2, 4])
-    seen = set()
-    while (held := claim(play, "A")) is not None:
-        seen.add((held.params["backend"], held.params["threads"]))
-        play.finish(held)
-    assert seen == {("cpu", 2), ("cpu", 4), ("gpu", 2), ("gpu", 4)}
+    held = claim(play, "A")
+    assert held is not None
+    ways = [(arm["backend"], arm["threads"]) for arm in held.params["arms"]]
+    assert ways == [("cpu", 2), ("cpu", 4), ("gpu", None)]
+    assert claim(play, "A") is None
+
+
+MEASURED = {"device": {"kind": "phone", "serial": "A"}, "format": "litertlm", "verdict": "stable"}
+FAILED = {"code": "benchmark_failed", "message": "It crashed.", "retryable": False, "details": {}}
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_arm_that_failed_leaves_the_others_figures_and_a_job_that_is_partial(play: Play, is_whole: bool) -> None:
+    attach(play, "A")
+    job_id = submit(play, "any", backends=["cpu", "gpu"])
+    held = claim(play, "A")
+    assert held is not None
+    gpu = MEASURED if is_whole else {"format": "litertlm", "error": FAILED}
+    arms = [
+        {**MEASURED, "backend": "cpu", "threads": None, "document": "measurement-1.json"},
+        {**gpu, "backend": "gpu", "threads": None, "document": "measurement-2.json"},
+    ]
+    play.finish(held, arms=arms)
+    job = play.job(job_id)
+    (variant,) = job["variants"]
+    assert variant["state"] == "succeeded"
+    assert job["state"] == ("succeeded" if is_whole else "partial")
+    assert [each["backend"] for each in variant["measurements"]] == ["cpu", "gpu"][: 1 + is_whole]
+    (benchmark,) = [step for step in job["steps"] if step["kind"] == "benchmark"]
+    assert (benchmark["error"] is None) == is_whole
+    if not is_whole:
+        assert benchmark["error"]["message"] == "litertlm on gpu: It crashed."
 
 
 def test_two_workers_that_see_one_phone_do_not_share_it(play: Play) -> None:

@@ -56,7 +56,7 @@ def lab(database: Database, tmp_path: Path) -> Workshop:
 
 def test_what_an_older_version_measured_is_measured_with_the_new_one_once(lab: Workshop) -> None:
     lab.benchmark("serial=A", backends=["cpu", "gpu"], threads=[2])
-    assert lab.work("A", "B") == 2
+    assert lab.work("A", "B") == 1, "two arms of one run"
     assert lab.start() == Rebenchmarks(started=0, known=2, away=0, refused=0), "nothing is older"
     lab.add_tool("2")
     assert lab.start() == Rebenchmarks(started=2, known=0, away=0, refused=0)
@@ -69,7 +69,7 @@ def test_what_an_older_version_measured_is_measured_with_the_new_one_once(lab: W
         (one["device"]["serial"], one["backend"], one["threads"])
         for one in measurements.list_measurements(lab.database, TENANT, lab.artifact_id)
     ]
-    assert sorted(ways[:2]) == sorted(ways[2:]) == [("A", "cpu", 2), ("A", "gpu", 2)]
+    assert sorted(ways[:2], key=str) == sorted(ways[2:], key=str) == [("A", "cpu", 2), ("A", "gpu", None)]
 
 
 def test_of_each_model_the_newest_artifact_is_measured(lab: Workshop) -> None:

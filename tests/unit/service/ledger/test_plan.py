@@ -216,3 +216,15 @@ def test_what_the_host_answered_lies_beside_an_artifact_that_phones_are_asked() 
     assert phone.inputs["reference"] == "reference"
     assert phone.params["smoke_prompts"] == 2
     assert "smoke_prompts" not in host.params
+
+
+def test_several_ways_are_arms_of_one_step() -> None:
+    specs = expand(recipes=["none"], devices=["any"], backends=["cpu", "npu"], threads=[1, 4])
+    (benchmark,) = [spec for spec in specs.values() if spec.kind == "benchmark"]
+    assert benchmark.params["arms"] == [
+        {"backend": "cpu", "threads": 1},
+        {"backend": "cpu", "threads": 4},
+        # Threads are of the CPU.
+        {"backend": "npu", "threads": None},
+    ]
+    assert "backend" not in benchmark.params

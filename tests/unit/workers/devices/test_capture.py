@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import DeviceHot, ToolReportInvalid
+from service.errors import BenchmarkFailed, DeviceHot, DeviceLost, EdgeKilnError, ToolReportInvalid
 from workers.devices import capture
 
 ASKED = {
@@ -111,3 +111,85 @@ def test_a_phone_that_stays_slow_is_hot_the_second_time_too(tmp_path: Path) -> N
     assert (found["verdict"], found["captures"]) == ("hot", 2)
     document = json.loads((tmp_path / capture.DOCUMENT).read_text())
     assert [each["verdict"] for each in document["captures"]] == ["hot", "hot"]
+
+
+#: Runs a process of an arm, by its number among those of the arm; what it raises befalls the arm.
+Behaviour = Callable[[int], dict[str, Any]]
+
+
+def measure_arms(
+    folder: Path, *behaviours: Behaviour
+) -> tuple[list[dict[str, Any] | EdgeKilnError], list[tuple[int, str]]]:
+    """Measure arms that behave so; return what becomes of each, and the order in which their processes ran."""
+    order: list[tuple[int, str]] = []
+
+    def make_arm(number: int, behaviour: Behaviour) -> capture.Arm:
+        counts = iter(range(100))
+
+        def run(label: str) -> dict[str, Any]:
+            order.append((number, label))
+            return behaviour(next(counts))
+
+        device = dataclasses.replace(make_device(sample), run_process=run)
+        return capture.Arm(device, {**ASKED, "processes": 4, "threads": number})
+
+    arms = [make_arm(number, behaviour) for number, behaviour in enumerate(behaviours, 1)]
+    return capture.measure_arms(arms, "run-7", folder, lambda *_: None), order
+
+
+def noisy(number: int) -> dict[str, Any]:
+    speed = 100.0 * (1 + number % 2)
+    return sample(number, prefill_tokens_per_s=speed, decode_tokens_per_s=speed)
+
+
+def test_arms_run_a_process_each_in_every_round_and_take_turns_at_being_first(tmp_path: Path) -> None:
+    found, order = measure_arms(tmp_path, sample, sample)
+    assert order[:2] == [(1, "cold process"), (2, "cold process")]
+    assert [number for number, _ in order[2:]] == [1, 2, 2, 1, 1, 2, 2, 1]
+    assert [one["interleaved"] for one in found if isinstance(one, dict)] == ["run-7/1", "run-7/1"]
+    for number, one in enumerate(found, 1):
+        assert isinstance(one, dict)
+        document = json.loads((tmp_path / one["document"]).read_text())
+        assert document["threads"] == number
+        assert [each["round"] for each in document["captures"][0]["samples"]] == [1, 2, 3, 4]
+
+
+def test_only_what_was_noisy_runs_again_and_is_no_more_in_turns_with_what_was_not(tmp_path: Path) -> None:
+    (quiet, first, second), order = measure_arms(tmp_path, sample, noisy, noisy)
+    assert isinstance(quiet, dict)
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert [one["captures"] for one in (quiet, first, second)] == [1, 2, 2]
+    assert (quiet["interleaved"], first["interleaved"], second["interleaved"]) == ("run-7/1", "run-7/2", "run-7/2")
+    assert [number for number, _ in order[3 + 3 * 4 :]] == [2, 3, 3, 2, 2, 3, 3, 2]
+    again = json.loads((tmp_path / first["document"]).read_text())["captures"][1]["samples"]
+    assert [each["round"] for each in again] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_arm_that_fails_takes_no_others_figures_away(tmp_path: Path, failing: int) -> None:
+    def fail(number: int) -> dict[str, Any]:
+        if number == failing:
+            raise BenchmarkFailed("the GPU is away")
+        return sample(number)
+
+    (good, bad), order = measure_arms(tmp_path, sample, fail)
+    assert isinstance(bad, BenchmarkFailed)
+    assert isinstance(good, dict)
+    assert good["processes"] == 4
+    # It is not asked again.
+    assert len([number for number, _ in order if number == 2]) == failing + 1
+    assert [path.name for path in tmp_path.iterdir()] == [good["document"]]
+
+
+def test_what_befalls_the_device_ends_all_arms(tmp_path: Path) -> None:
+    def lose(number: int) -> dict[str, Any]:
+        raise DeviceLost("it is away")
+
+    with pytest.raises(DeviceLost):
+        measure_arms(tmp_path, sample, lose)
+
+
+def test_control_one_arm_is_in_turns_with_nobody(tmp_path: Path) -> None:
+    found = measure(make_device(sample), tmp_path)
+    assert not {"interleaved", "document"} & set(found)
