@@ -62,9 +62,11 @@ def history(
     if as_json:
         print_json(found)
         return
-    columns = ("id", "measured", "what", "device, tool", "figure", "verdict")
+    metrics = {find_figure(each, metric)[0] for each in found}
+    figure = metrics.pop() if len(metrics) == 1 else "figure"
+    columns = ("id", "measured", "what", "device, tool", figure, "verdict")
     # Numbers are never folded, and an id is to be copied.
-    print_table(columns, [_row(each, metric) for each in found], right=("id", "figure"))
+    print_table(columns, [_row(each, metric, names_metric=bool(metrics)) for each in found], right=("id", figure))
 
 
 def find_figure(entry: Mapping[str, Any], metric: str | None) -> tuple[str, float | None, Any]:
@@ -76,15 +78,16 @@ def find_figure(entry: Mapping[str, Any], metric: str | None) -> tuple[str, floa
     return name or wanted[0], found.get("median"), found.get("interval")
 
 
-def _row(entry: Mapping[str, Any], metric: str | None) -> list[str]:
+def _row(entry: Mapping[str, Any], metric: str | None, *, names_metric: bool) -> list[str]:
     name, figure, interval = find_figure(entry, metric)
+    what = f"{entry['model'].rstrip('/').rpartition('/')[2]}, {entry['variant']}, {entry['format']}"
     text = format_figure(name, figure)
     if interval:
         text += f" [{', '.join(format_figure(name, bound) for bound in interval)}]"
     return [
         entry["id"],
         format_time(entry["measured_at"]),
-        f"{entry['model'].rstrip('/').rpartition('/')[2]}, {entry['variant']}, {entry['format']}: {name}",
+        f"{what}: {name}" if names_metric else what,
         f"{name_device(entry)}, {_name_tool(entry['tool'])}",
         text,
         entry["verdict"] or "-",
