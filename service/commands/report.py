@@ -131,7 +131,7 @@ def _measurement_rows(variant: Mapping[str, Any]) -> list[list[str]]:
             variant["name"],
             measurement["format"],
             _name_device(measurement["device"]),
-            f"{measurement.get('ran_on') or measurement['backend']} {measurement['threads'] or ''}".strip(),
+            _name_way(measurement),
             (measurement["device"].get("tool") or {}).get("version", _NONE),
             *(_figure(measurement, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
             _figure(measurement, "ttft_s", 1000),
@@ -142,6 +142,12 @@ def _measurement_rows(variant: Mapping[str, Any]) -> list[list[str]]:
         for measurement in variant["measurements"]
         if _is_phone(measurement)
     ]
+
+
+def _name_way(measurement: Mapping[str, Any]) -> str:
+    """What a phone was asked to compute on, and where it really did, where that is not the same."""
+    way = f"{measurement['backend']} {measurement['threads'] or ''}".strip()
+    return f"{way}, ran on {measurement['ran_on']}" if measurement.get("ran_on") else way
 
 
 def _name_device(device: Mapping[str, Any]) -> str:

@@ -175,6 +175,7 @@ def test_arms_have_a_document_each_and_one_that_cannot_be_says_why(
     timed = (attached.root / "calls").read_text().splitlines()
     assert ["--use_gpu=true" in line for line in timed[2:8]] == [False, True, True, False, False, True]
     assert "--num_threads=2" in timed[0]
+    assert {"delegate": "GPU", "share": "whole"} in gpu["delegations"]["decode"]
 
 
 def test_arms_cache_apart(run: Run, attached: AttachedPhone) -> None:

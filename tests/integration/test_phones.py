@@ -69,6 +69,7 @@ def test_a_phone_says_what_it_is_and_how_it_is(phone: Phone, attached: AttachedP
     conditions = read_conditions(phone)
     assert (conditions["thermal_status"], conditions["battery_c"], conditions["plugged"]) == (0, 28.7, ["usb"])
     assert conditions["temperatures_c"] == {"skin": 31.5}
+    assert conditions["airplane_mode"] is False
     assert conditions["boot_id"] == record["boot_id"]
 
 

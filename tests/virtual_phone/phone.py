@@ -134,6 +134,7 @@ class Phone:
         stay_on = self.root / "settings" / "stay_on_while_plugged_in"
         if not stay_on.exists():
             stay_on.write_text("0\n")
+        (self.root / "settings" / "airplane_mode_on").write_text("0\n")
         self._boot()
 
     def _boot(self) -> None:

@@ -186,6 +186,7 @@ class Bench:
                 signature or "default": {**run["latency_ms"], "first": run["first_ms"]}
                 for signature, run in runs.items()
             },
+            "delegations": {signature or "default": run["delegations"] for signature, run in runs.items()},
             "logs": [run["log"] for run in runs.values()],
         }
         ran_on = [run["ran_on"] for run in runs.values() if "ran_on" in run]

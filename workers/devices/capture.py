@@ -123,6 +123,8 @@ class _Course:
             "backend": asked["backend"],
             # Where at least one process really ran, where that is not the backend that was asked for.
             **({"ran_on": " and ".join(ran_on)} if ran_on else {}),
+            # What each delegate took of the graph: all, a part, or nothing.
+            **({"delegations": last["samples"][-1]["delegations"]} if last["samples"][-1].get("delegations") else {}),
             "threads": asked["threads"],
             "format": asked["format"],
             "conditions": {"before": self.before, "after": device.read_conditions()},

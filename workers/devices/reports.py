@@ -22,7 +22,11 @@ _AGGREGATED = "Aggregated BenchmarkInfo"
 #: What the tools say of a delegate, and what it means for the graph.
 _DELEGATIONS = (
     (r"Explicitly applied (.+?) delegate, and the model graph will be completely executed by the delegate", "whole"),
-    (r"Explicitly applied (.+?) delegate, and the model graph will be partially executed by the delegate", "part"),
+    (
+        r"Explicitly applied (.+?) delegate, and the model graph will be partially executed by the delegate"
+        r"(?: w/ (\d+) delegate kernels)?",
+        "part",
+    ),
     (r"Though (\S+) delegate is (?:explicitly )?applied, the model graph will not be executed by", "none"),
     (r"Failed to apply (\S+) delegate", "none"),
 )
@@ -32,8 +36,8 @@ def parse_benchmark_model(text: str) -> dict[str, Any]:
     """Read what `benchmark_model` printed of one signature.
 
     Returns `init_s`, `first_ms`, `latency_ms` (`count`, `avg`, and where told `min`, `max`, `p5`, `median`, `p95`),
-    `delegations` (`[{delegate, share: whole | part | none}]`), and where reported `peak_rss_bytes` and
-    `footprint_bytes`.
+    `delegations` (`[{delegate, share: whole | part | none}]`, of a part `kernels`), and where reported
+    `peak_rss_bytes` and `footprint_bytes`.
     """
     refuse_unknown_flags("benchmark_model", text)
     blocks = [_read_block(count, rest) for count, rest in _COUNT.findall(text)]
@@ -156,10 +160,14 @@ def _read_block(count: str, rest: str) -> dict[str, Any]:
     return {"count": int(count), **{name: values[name] for name in names if name in values}}
 
 
-def _read_delegations(text: str) -> list[dict[str, str]]:
+def _read_delegations(text: str) -> list[dict[str, Any]]:
     found = []
     for pattern, share in _DELEGATIONS:
-        found += [{"delegate": name.strip(), "share": share} for name in re.findall(pattern, text)]
+        for match in re.finditer(pattern, text):
+            delegation: dict[str, Any] = {"delegate": match[1].strip(), "share": share}
+            if match.re.groups > 1 and match[2]:
+                delegation["kernels"] = int(match[2])
+            found.append(delegation)
     return found
 
 

@@ -283,7 +283,8 @@ def test_a_phones_row_tells_its_smoke_and_a_line_its_profile(capsys: pytest.Capt
     measurement = {
         "format": "litertlm",
         "device": {"kind": "phone", "model": "P9", "serial": "R5", "tool": {"version": "1"}},
-        "backend": "cpu",
+        "backend": "gpu",
+        "ran_on": "cpu",
         "threads": 4,
         "prefill_tokens_per_s": speed,
         "decode_tokens_per_s": speed,
@@ -297,6 +298,9 @@ def test_a_phones_row_tells_its_smoke_and_a_line_its_profile(capsys: pytest.Capt
     print_outcome(job)
     shown = capsys.readouterr()
     assert any("P9" in line and "88%" in line and "stable" in line for line in shown.out.splitlines())
+    words = " ".join(shown.out.split())
+    assert "gpu 4" in words
+    assert "ran on" in words
     expected = "Profile of none on P9, decode, graph (9 nodes): FULLY_CONNECTED 75% (1.25 ms, 4x)"
     assert expected in shown.err.splitlines()
 

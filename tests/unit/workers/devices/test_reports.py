@@ -175,3 +175,17 @@ def test_no_answer_is_an_error(words: str, old: str, new: str, named: str) -> No
     with pytest.raises(ToolReportInvalid) as caught:
         parse_answer(words, LITERT_LM.replace(old, new, 1) if old else LITERT_LM)
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize(("words", "kernels"), [(" w/ 2 delegate kernels", {"kernels": 2}), ("", {})])
+def test_a_part_of_a_graph_says_in_how_many_kernels(words: str, kernels: dict[str, int]) -> None:
+    part = f"the model graph will be partially executed by the delegate{words}."
+    text = BENCHMARK_MODEL.replace("the model graph will be completely executed by the delegate.", part)
+    assert parse_benchmark_model(text)["delegations"][0] == {"delegate": "GPU", "share": "part", **kernels}
+
+
+@pytest.mark.parametrize(("kind", "turn"), [("prefill", "Prefill"), ("decode", "Decode")])
+def test_several_turns_are_no_one_process(kind: str, turn: str) -> None:
+    line = next(line for line in LITERT_LM.splitlines() if f"{turn} Turn 1" in line)
+    with pytest.raises(ToolReportInvalid, match=f"one {kind} turn: there are 2"):
+        parse_litert_lm(LITERT_LM.replace(line, f"{line}\n{line.replace('Turn 1', 'Turn 2')}"))
