@@ -17,7 +17,10 @@ from service.client import Client
 from service.commands.progress import format_regression
 from service.ledger import views
 from tests.api_world import World, make_world
+from tests.ledger_play import TOOLCHAIN
 from tests.measured_play import CALM, MeasuredPlay, measured
+from workers.runner import Runner
+from workers.sandbox import ChildResult, Sandbox
 
 PHONE = measured()["device"]
 NEWER = {**PHONE, "tool": {"name": "tool", "version": "2"}}
@@ -161,3 +164,45 @@ def test_arms_of_one_run_are_measurements_of_their_own(world: World) -> None:
         assert http.get("/v1/measurements/difference", params=away).status_code == 404
     (regression,) = [each for each in find_regressions(play, later) if each["metric"] == "decode_tokens_per_s"]
     assert regression["baseline_id"] == ids["gpu"]
+
+
+class PlayedSandbox(Sandbox):
+    """Runs no process: every child has found `figures`."""
+
+    def __init__(self, figures: dict[str, Any]) -> None:
+        self._figures = figures
+
+    def warm(self, pool: str) -> None:
+        pass
+
+    def run(self, target: str, params: Any, inputs: Any, step_dir: Path, **options: Any) -> ChildResult:
+        (step_dir / "output").mkdir(parents=True)
+        (step_dir / "output" / "measurement.json").write_text("{}")
+        (step_dir / "log.txt").write_text("measured\n")
+        return ChildResult(
+            figures=self._figures,
+            error=None,
+            stopped=None,
+            output_dir=step_dir / "output",
+            log_path=step_dir / "log.txt",
+            peak_rss_bytes=2,
+            peak_anon_bytes=1,
+            duration_s=1.0,
+            isolation="strong",
+            isolation_reasons=(),
+        )
+
+
+@pytest.mark.parametrize(("factor", "is_regression"), [(0.8, True), (0.93, False)])
+def test_the_runner_looks_for_regressions(world: World, factor: float, is_regression: bool) -> None:
+    play = MeasuredPlay(world)
+    play.measure(measured())
+    job_id = play.submit(world.source["path"], recipes=["none"], formats=["litertlm"], devices=["host"])
+    while (claim := play.claim("fetch", "convert", "light")) is not None:
+        play.finish(claim)
+    sandbox = PlayedSandbox(measured(scaled(factor)))
+    work_dir = world.folder / "work"
+    runner = Runner(world.settings, world.database, world.store, sandbox, play.worker_id, TOOLCHAIN, work_dir)
+    assert runner.run_next("device")
+    assert play.job(job_id)["state"] == "succeeded"
+    assert bool(find_regressions(play, job_id)) == is_regression
