@@ -133,7 +133,7 @@ def make_doors(database: Database) -> dict[str, Callable[[], object]]:
         fleet.beat_worker(database, play.worker_id, 0)
         claims.end_hopeless_steps(database, POLICY)
         claims.due_classes(database)
-        schedules.fire_due(database, _admit, max_variants=9)
+        schedules.fire_due(database, _admit, {}, max_variants=9)
 
     return {
         "claim a step": claim,

@@ -5,6 +5,7 @@ Called by `service.api` (REST bodies), `service.cli` (arguments) and `service.le
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -404,6 +405,10 @@ class JobRequest(BaseModel):
         """Return the canonical document."""
         return self.model_dump(mode="json")
 
+    def to_asked(self) -> dict[str, Any]:
+        """Return what was asked for beyond the defaults: the same in every version that knows it."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
 
 class MeasuringRequest(JobRequest):
     """What a job holds that measures a published artifact: the request that made it, as far as it is about that one.
@@ -426,8 +431,31 @@ def parse_request(document: Any) -> JobRequest:
 
 
 def parse_stored_request(document: Mapping[str, Any]) -> JobRequest:
-    """Return the request that a job holds; raises `InvalidRequest` where this version knows it no more."""
-    return parse_measuring_request(document) if "artifact" in document else parse_request(document)
+    """Return the request that a job or a schedule holds; raises `InvalidRequest` where this version knows it no more.
+
+    Fields that only a newer version knows are passed over: while a fleet is upgraded, its jobs go through old hands.
+    """
+    model = MeasuringRequest if "artifact" in document else JobRequest
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        newer = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
+    try:
+        return model.model_validate(_leave_out(document, newer))
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
+
+
+def _leave_out(document: Mapping[str, Any], places: Iterable[Sequence[int | str]]) -> Any:
+    """Return a copy of a document without the fields at these places, as a validator names them."""
+    copied = copy.deepcopy(document)
+    for *path, name in places:
+        owner: Any = copied
+        for part in path:
+            # A union's kind stands in the path, and not in the document.
+            owner = owner[part] if isinstance(part, int) or part in owner else owner
+        owner.pop(name, None)
+    return copied
 
 
 def parse_measuring_request(document: Mapping[str, Any]) -> MeasuringRequest:

@@ -127,7 +127,9 @@ class _Sender:
             )
             held_until = document.get("assembled_until")
             document = self._patiently(self._read)
-            if document.get("assembled_until") != held_until and document.get("failed_tries", 0) < most_failures:
+            # A server that does not say, an older one, is taken to be at it.
+            shows_life = document.get("assembled_until", ...) != held_until
+            if shows_life and document.get("failed_tries", 0) < most_failures:
                 self._go_on()
         return document
 

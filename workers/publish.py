@@ -19,7 +19,7 @@ from service.errors import BenchmarkFailed, GateRefused
 from service.ledger import claims, publications
 from service.ledger.database import Database
 from service.ledger.keys import Toolchain, canonical_json
-from service.requests import parse_request, write_source
+from service.requests import parse_stored_request, write_source
 from service.signing import Signer, manifest_name
 from service.storage import ObjectStore, blob_key, manifest_key
 
@@ -128,7 +128,7 @@ def _draft(
     verdicts: Sequence[Mapping[str, Any]],
 ) -> publications.Draft:
     (output,) = claim.inputs[f"artifact_{kind}"].outputs
-    request = parse_request(provenance.request)
+    request = parse_stored_request(provenance.request)
     name = f"{request.source.label}-{provenance.variant}.{kind}"
     manifest = canonical_json(
         {
@@ -180,7 +180,7 @@ def _weakest(levels: Any) -> str:
 
 def _repeat_command(kind: str, claim: claims.Claim, provenance: publications.Provenance) -> str:
     """The command that makes this artifact again."""
-    request = parse_request(provenance.request)
+    request = parse_stored_request(provenance.request)
     place = write_source(provenance.source, request.source)
     lengths = claim.inputs["convert"].params
     words = ["edgekiln", "convert", place, "-o", "out", "--engine", claim.params["engine"]]

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,7 +215,7 @@ class Runner:
                             uploading.note(bytes=transfer.written_bytes)
                         attempt.note(read_bytes=transfer.read_bytes, written_bytes=transfer.written_bytes)
                         found = result.figures or {}
-                        regressions = find_regressions(self._database, claim, found, self._settings.regression_share)
+                        regressions = self._find_regressions(claim, found)
                         success = results.Success(found, outputs, usage, regressions=regressions)
                     with span("commit"):
                         reused = self._finish(claim, success, output_dir, transfer, keeper)
@@ -239,6 +239,14 @@ class Runner:
         finally:
             shutil.rmtree(step_dir, ignore_errors=True)
         return "lost"
+
+    def _find_regressions(self, claim: claims.Claim, figures: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Compare a measurement with the one before it; a measurement that was made is never lost for it."""
+        try:
+            return find_regressions(self._database, claim, figures, self._settings.regression_share)
+        except Exception:
+            log.exception("a benchmark cannot be compared with the one before it")
+            return ()
 
     def _check_toolchain(self, claim: claims.Claim) -> None:
         is_current = (claim.toolchain_id, claim.revision) == (

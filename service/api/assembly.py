@@ -39,7 +39,6 @@ class Assembler:
         self._context = context
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="assembly")
         self._closed = threading.Event()
-        self._lock = threading.Lock()
         #: What is done here or waits for a thread.
         self._held: set[str] = set()
         self._beating = threading.Thread(target=self._beat, name="assembly-beat", daemon=True)
@@ -50,9 +49,13 @@ class Assembler:
         if not self._closed.is_set() and resumable.claim_assembly(
             self._context.database, tenant_id, upload_id, _HOLD_S
         ):
-            with self._lock:
-                self._held.add(upload_id)
-            self._pool.submit(self._assemble, tenant_id, upload_id, size_bytes, announced_digest)
+            self._held.add(upload_id)
+            try:
+                self._pool.submit(self._assemble, tenant_id, upload_id, size_bytes, announced_digest)
+            except RuntimeError:
+                # The server stops: another one, or the next, takes it up.
+                self._held.discard(upload_id)
+                resumable.hold_assembly(self._context.database, upload_id, 0)
 
     def close(self) -> None:
         """Give back what is not finished; returns when the threads have ended."""
@@ -64,15 +67,17 @@ class Assembler:
         """Show that this process lives, until it ends: `Client.upload` waits for as long."""
         while not self._closed.wait(_BEAT_S):
             for upload_id in list(self._held):
-                with self._lock:
-                    if upload_id in self._held:
-                        self._hold(upload_id)
+                if upload_id in self._held:
+                    self._hold(upload_id)
 
     def _hold(self, upload_id: str) -> None:
         try:
             resumable.hold_assembly(self._context.database, upload_id, _HOLD_S)
         except LEDGER_AWAY as error:
             log.warning("upload %s cannot be held: %s", upload_id, error)
+        except Exception:
+            # The thread must outlive it: all other assemblies count on it.
+            log.exception("upload %s cannot be held", upload_id)
 
     def _assemble(self, tenant_id: str, upload_id: str, size_bytes: int, announced_digest: str | None) -> None:
         database = self._context.database
@@ -80,8 +85,7 @@ class Assembler:
             try:
                 is_done = self._make_upload(tenant_id, upload_id, size_bytes, announced_digest)
             finally:
-                with self._lock:
-                    self._held.discard(upload_id)
+                self._held.discard(upload_id)
             if not is_done:
                 resumable.hold_assembly(database, upload_id, 0)
         except NotFound:

@@ -57,7 +57,7 @@ def submit_benchmark(
     """
     job_id = new_id("job")
     if idempotency_key is not None:
-        digest = digest_json({"artifact": artifact_id, **asked.model_dump(mode="json")})
+        digest = digest_json({"artifact": artifact_id, **asked.model_dump(mode="json", exclude_defaults=True)})
         earlier = claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
         if earlier is not None:
             return Submission(earlier, is_new=False)

@@ -234,7 +234,9 @@ def list_devices(connection: Connection, *, for_operator: bool = True) -> list[d
     found = []
     for row in rows:
         is_host = row.record.get("kind") == HOST
-        if not row.record or (row.record.get("kind") == "unknown" and not row.is_live):
+        # What never answered goes by adb's name for it, which may be an address of the operator's network.
+        is_shown = row.record.get("kind") != "unknown" or (row.is_live and for_operator)
+        if not row.record or not is_shown:
             continue
         state, reason = hosts.get(row.host_id, _NO_HOST) if is_host else _find_state(row)
         document = _describe(row, state, reason)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import delete, or_, select, update
 
+from service import gates
 from service.errors import Conflict, InvalidRequest, NotFound
 from service.ledger import locks, views
 from service.ledger.bulk import insert_together
@@ -57,7 +58,7 @@ def submit_job(
     require_few_variants(request, max_variants)
     job_id = new_id("job")
     if idempotency_key is not None:
-        digest = digest_json(request.to_json())
+        digest = digest_json(request.to_asked())
         earlier = claim_idempotency_key(tx, tenant_id, idempotency_key, digest, job_id)
         if earlier is not None:
             return Submission(earlier, is_new=False)
@@ -185,7 +186,7 @@ def retry_job(tx: Transaction, tenant_id: str, job_id: str) -> None:
         .where(Variant.job_id == job_id, Variant.state != VariantState.SUCCEEDED)
         .values(state=VariantState.PENDING, error=None, finalized_at=None)
     )
-    steps = supersede_unfinished(tx, job_id)
+    steps = supersede_unfinished(tx, job_id, measures_again=gates.needs_benchmark(request.gates))
     tx.connection.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED, finalized_at=None))
     emit(tx, [job_id], "job", {"state": JobState.QUEUED})
     begin_again(tx, job_id, request, keeps_checkpoint=steps.get("plan") == StepState.SUCCEEDED)

@@ -6,6 +6,7 @@ artifact it is. Called by `service.api` for operators.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 from sqlalchemy import Connection, and_, select
 
 from service.devices import PHONE_CLASS, list_arms
-from service.errors import Conflict, NotFound, QuotaExceeded
+from service.errors import Conflict, EdgeKilnError, NotFound, QuotaExceeded
 from service.ledger.benchmarks import submit_benchmark
 from service.ledger.database import Database, reads
 from service.ledger.keys import canonical_json, digest_json
 from service.ledger.states import LIVE_STEP_STATES, DeviceState, StepState
 from service.ledger.tables import Device, Job, Publication, Step, Tool, Variant, VariantStep
 from service.requests import BenchmarkRequest
+
+log = logging.getLogger(__name__)
 
 #: After everything that tenants ask for themselves.
 _PRIORITY = -100
@@ -55,7 +58,7 @@ class Rebenchmarks:
     known: int
     #: Their phones are not ready.
     away: int
-    #: Their tenants' quotas are used up.
+    #: Their tenants' quotas are used up, or they cannot be measured any more.
     refused: int
 
     def to_json(self) -> dict[str, int]:
@@ -80,7 +83,8 @@ def start_rebenchmarks(database: Database, name: str, version: str, abi: str, *,
             smoke_prompts=one.smoke_prompts,
             priority=_PRIORITY,
         )
-        key = digest_json([name, version, abi, one.artifact_id, one.way.__dict__])
+        asked = request.model_dump(mode="json", exclude_defaults=True)
+        key = digest_json([name, version, abi, one.artifact_id, asked, processes])
         try:
             made = submit_benchmark(
                 database, one.tenant_id, one.artifact_id, request, processes=processes, idempotency_key=f"tool {key}"
@@ -90,6 +94,10 @@ def start_rebenchmarks(database: Database, name: str, version: str, abi: str, *,
         except NotFound:
             # Deleted meanwhile.
             continue
+        except EdgeKilnError as error:
+            # One that this version cannot measure any more keeps no other from being measured.
+            log.warning("%s of %s is not measured again: %s", one.artifact_id, one.tenant_id, error)
+            refused += 1
         else:
             started += made.is_new
             known += not made.is_new
@@ -162,6 +170,8 @@ def _select_measured() -> Any:
             Step.state == StepState.SUCCEEDED,
             Publication.published_at.is_not(None),
         )
+        # What the last measurement of a way was, decides how it is measured again.
+        .order_by(Step.finalized_at, Step.id)
     )
 
 

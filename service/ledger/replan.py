@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import func, select, update
 
+from service.devices import list_arms
 from service.ledger.benchmarks import add_benchmarks
 from service.ledger.clock import now
 from service.ledger.database import Transaction
@@ -78,25 +79,33 @@ def begin_again(
         tx.connection.execute(update(Step).where(Step.id == first).values(run_after=now(pause_s)))
 
 
-def supersede_unfinished(tx: Transaction, job_id: str) -> dict[str, str]:
+def supersede_unfinished(tx: Transaction, job_id: str, *, measures_again: bool = False) -> dict[str, str]:
     """Set aside the steps that a new plan replaces; return the last state of each kind.
 
     Those are all that did not succeed, benchmarks that measured only some of their arms, and the succeeded preludes:
-    what follows pins and plans anew.
+    what follows pins and plans anew. With `measures_again`, benchmarks are made again that are not stable, too.
     """
     last_state: dict[str, str] = {}
     for row in tx.connection.execute(
-        select(Step.id, Step.kind, Step.state, Step.error)
+        select(Step.id, Step.kind, Step.state, Step.error, Step.params, Step.figures)
         .join(JobStep, JobStep.step_id == Step.id)
         .where(JobStep.job_id == job_id, JobStep.superseded.is_(False))
         .order_by(JobStep.position)
     ).all():
         last_state[row.kind] = row.state
-        if row.state != StepState.SUCCEEDED or row.error is not None or row.kind in ("resolve", "plan"):
+        is_lacking = row.error is not None or row.kind in ("resolve", "plan") or (measures_again and _is_unstable(row))
+        if row.state != StepState.SUCCEEDED or is_lacking:
             tx.connection.execute(
                 update(JobStep).where(JobStep.job_id == job_id, JobStep.step_id == row.id).values(superseded=True)
             )
     return last_state
+
+
+def _is_unstable(step: Any) -> bool:
+    """Whether a benchmark's figures are worth less than gates demand."""
+    if step.kind != "benchmark" or step.figures is None:
+        return False
+    return any(found.get("verdict") != "stable" for found, _ in list_arms(step.params, step.figures))
 
 
 def _usable_fetch(tx: Transaction, job_id: str) -> Any | None:

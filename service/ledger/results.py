@@ -37,7 +37,7 @@ from service.ledger.tables import (
     Variant,
     VariantStep,
 )
-from service.requests import parse_request
+from service.requests import parse_stored_request
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _expand(
     if claim.kind not in ("resolve", "plan") or claim.job_id is None:
         return ()
     job_id = claim.job_id
-    request = parse_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
+    request = parse_stored_request(tx.connection.execute(select(Job.request).where(Job.id == job_id)).scalar_one())
     if claim.kind == "resolve":
         tx.connection.execute(update(Job).where(Job.id == job_id).values(source=dict(figures["source"])))
         return add_steps(tx, job_id, expand_resolved(request, figures["source"]), toolchain, {}, None)

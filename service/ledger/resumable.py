@@ -141,6 +141,8 @@ def list_resumable(connection: Connection, tenant_id: str) -> list[dict[str, Any
 @writes
 def remove_resumable(tx: Transaction, tenant_id: str, upload_id: str) -> None:
     """Forget an upload and its parts; what it became stays. Raises `NotFound`."""
+    # Another tenant's is not even locked: whoever asked would wait for its parts.
+    _read_row(tx.connection, tenant_id, upload_id)
     locks.lock_resumable(tx, upload_id)
     _read_row(tx.connection, tenant_id, upload_id)
     _remove(tx, [upload_id])

@@ -23,7 +23,7 @@ from service.ledger.quotas import require_room_for_schedule
 from service.ledger.states import FINAL_JOB_STATES, TickOutcome
 from service.ledger.tables import Job, Schedule, ScheduleTick, ScheduleUpload
 from service.ledger.uploads import hold_uploads
-from service.requests import JobRequest, parse_request
+from service.requests import JobRequest, parse_stored_request
 from service.schedules import ScheduleRequest, Timing, read_ticks
 
 #: A tick that is fired within this time is not missed, whatever the policy; and so long a worker leaves a folder that
@@ -164,7 +164,7 @@ def fire_due(
             break
         request, refusal = None, None
         try:
-            request = admit(parse_request(due.request)) if due.tick_at is not None else None
+            request = admit(parse_stored_request(due.request)) if due.tick_at is not None else None
         except EdgeKilnError as error:
             name = due.schedule_id, due.due_at
             since = refused[name] = refusals.get(name, due.read_at)

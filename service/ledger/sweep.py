@@ -92,7 +92,7 @@ def forget_orphans(tx: Transaction, wait_s: float) -> int:
     tx.connection.execute(delete(Attempt).where(Attempt.step_id.in_(step_ids)))
     bare = select(Step.id).where(Step.id.in_(step_ids), ~has_dependent)
     bare_ids = list(tx.connection.execute(bare).scalars())
-    for table in (StepInput, StepOutput):
+    for table in (StepInput, StepOutput, VariantStep):
         tx.connection.execute(delete(table).where(table.step_id.in_(bare_ids)))
     tx.connection.execute(delete(Step).where(Step.id.in_(bare_ids)))
     return len(step_ids)
@@ -255,13 +255,11 @@ def _is_expired(retention: Retention) -> ColumnElement[bool]:
         .where(JobStep.job_id == Job.id, Step.kind == "benchmark", Step.state == StepState.SUCCEEDED)
         .correlate(Job)
     )
-    has_published = (
-        exists(Publication.id)
-        .where(
-            or_(Publication.job_id == Job.id, Publication.variant_id.in_(measured)),
-            Publication.published_at.is_not(None),
-        )
-        .correlate(Job)
+    # Two questions, each of which has its index.
+    published = exists(Publication.id).where(Publication.published_at.is_not(None))
+    has_published = or_(
+        published.where(Publication.job_id == Job.id).correlate(Job),
+        published.where(Publication.variant_id.in_(measured)).correlate(Job),
     )
     limits = ((~has_published, retention.unpublished_jobs_s), (has_published, retention.published_jobs_s))
     return and_(

@@ -63,7 +63,9 @@ def kill_in_the_midst(fleet: LightFleet, **survivor: object) -> tuple[str, dt.da
     doomed = fleet.start_worker("one")
     job_id = fleet.submit(fleet.write_model("held", hold="convert"))
     step_id = fleet.wait_running(job_id, "convert")["id"]
-    fleet.start_worker("two", **survivor)
+    sign = fleet.folder / "two-sweeps"
+    fleet.start_worker("two", worker_file=sign, **survivor)
+    wait_for(sign.exists, "the other one has begun to sweep: nothing is due yet")
     doomed.kill()
     doomed.wait()
     dead_at = read_clock(fleet)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidRequest, SourceNotFound
-from service.requests import FolderSource, HttpsSource, HubSource, S3Source, parse_request, parse_source, write_source
+from service.requests import (
+    FolderSource,
+    HttpsSource,
+    HubSource,
+    S3Source,
+    parse_request,
+    parse_source,
+    parse_stored_request,
+    write_source,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +144,20 @@ def test_a_profile_is_of_a_graph_on_a_phone(fields: dict[str, list[str]]) -> Non
 def test_control_a_profile_of_a_graph_on_a_phone_may_be_asked() -> None:
     fields = {"formats": ["litertlm", "tflite"], "devices": ["host", "any"], "profile": True}
     assert parse_request({"source": {"kind": "hub", "repo": "a/b"}, **fields}).profile
+
+
+def test_a_stored_request_of_a_newer_version_is_read_as_far_as_it_is_known() -> None:
+    request = parse_request({"source": {"kind": "hub", "repo": "a/b"}, "own_recipes": {}, "recipes": ["none"]})
+    stored = request.to_json()
+    newer = {**stored, "later": [1], "source": {**stored["source"], "mirror": "x"}}
+    assert parse_stored_request(newer) == request
+    with pytest.raises(InvalidRequest, match="later"):
+        parse_request(newer)
+    with pytest.raises(InvalidRequest, match="unheard-of"):
+        parse_stored_request({**newer, "recipes": ["unheard-of"]})
+
+
+def test_what_was_asked_is_the_same_whether_defaults_are_written_out() -> None:
+    short = parse_request({"source": {"kind": "hub", "repo": "a/b"}})
+    assert parse_request(short.to_json()).to_asked() == short.to_asked()
+    assert parse_request({**short.to_json(), "priority": 1}).to_asked() != short.to_asked()
