@@ -59,8 +59,11 @@ class AttachedPhone:
 
     def files(self) -> list[str]:
         """Return the files on the phone that users could fill, by their paths there."""
-        folder = self.root / "data"
-        return sorted(f"/{path.relative_to(self.root)}" for path in folder.rglob("*") if path.is_file())
+        # Folders that go meanwhile are passed over.
+        found = os.walk(self.root / "data")
+        return sorted(
+            f"/{(Path(folder) / name).relative_to(self.root)}" for folder, _, names in found for name in names
+        )
 
     def hold(self) -> None:
         """Let light tools (`tests.virtual_phone.lab`) run until `let_go`."""
