@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, select
+from sqlalchemy import Connection, Row, and_, literal_column, select
 
 from service import difference
 from service.difference import MEMORY, find_metrics
@@ -133,7 +133,10 @@ def _select_places() -> Any:
 
 def _statement(tenant_id: str) -> Any:
     return _select_places().where(
-        Step.tenant_id == tenant_id, Step.kind == "benchmark", Step.state == StepState.SUCCEEDED
+        # Written into the statement as in the index's condition, or it could not serve.
+        Step.tenant_id == tenant_id,
+        Step.kind == literal_column("'benchmark'"),
+        Step.state == literal_column(f"'{StepState.SUCCEEDED}'"),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import event
 
 from benchmarks.ledger_size import fill
-from service.ledger import claims, views
+from service.ledger import claims, history, views
 from service.ledger.counts import read_counts
 from service.ledger.database import Database
 from tests.ledger_play import POLICY, TENANT, Play
@@ -87,6 +87,7 @@ DOORS = {
     "claim": claim_and_release,
     "due": claims.due_classes,
     "hopeless": lambda database: claims.end_hopeless_steps(database, POLICY),
+    "history": lambda database: history.list_history(database, TENANT, history.Filter(), PAGE),
     "list": list_pages,
     "list by state": lambda database: views.list_jobs(database, TENANT, states=["failed", "queued"], limit=PAGE),
 }
