@@ -76,7 +76,7 @@ class Bench:
         self.remote_model = f"{run_dir(self.run)}/{self.model.name}"
         #: Of this arm alone: what another one cached is not what this one's first process finds.
         self.cache_dir = f"{run_dir(self.run)}/{cache}"
-        self.answers = self._read_answers(inputs.get("answers"), host_side.get("logit_range") or 0.0)
+        self.answers = self._read_answers(inputs.get("answers"), host_side.get("logit_range"))
         self._mask = find_big_cores(self._record) if self.asked["backend"] == "cpu" else None
         if self.asked["threads"] is None:
             fast = bin(int(self._mask, 16)).count("1") if self._mask else self._record.get("cores") or _THREADS
@@ -210,10 +210,10 @@ class Bench:
         """Read the peaks of one more process while it runs; what the phone does not show stays missing."""
         return self._processes.watch_memory(self._command(self._signatures[0]))
 
-    def _read_answers(self, folder: Path | None, logit_range: float) -> Answers | None:
+    def _read_answers(self, folder: Path | None, logit_range: float | None) -> Answers | None:
         """Read what the host's graph answered, where smoke generation is asked for and can be compared."""
         count = self.asked["smoke_prompts"]
-        if folder is None or not count or TOOLS[self.asked["format"]] != "litert_lm_advanced_main":
+        if folder is None or logit_range is None or not count or TOOLS[self.asked["format"]] != "litert_lm_advanced_main":
             return None
         return read_answers(folder, count, self.asked["backend"], logit_range)
 
