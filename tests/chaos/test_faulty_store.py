@@ -26,6 +26,8 @@ from workers.catalog import CATALOG, StepCode
 from workers.process import WorkerProcess
 
 _CLASSES = ("fetch", "convert", "light")
+#: One worker does all jobs, one step after the other, each of which may wait for a silent store several times.
+_PATIENCE_S = 600.0 + 60 * scale.STORE_JOBS
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ class Bench:
     def run_until(self, is_done: Callable[[], bool]) -> None:
         """Run due steps until `is_done`, which is asked before each."""
         run = self.worker.runner.run_next
-        wait_for(lambda: is_done() or (any(map(run, _CLASSES)) and None), "the jobs have ended", 600)
+        wait_for(lambda: is_done() or (any(map(run, _CLASSES)) and None), "the jobs have ended", _PATIENCE_S)
 
     def is_ended(self) -> bool:
         return all(job["state"] in FINAL_JOB_STATES for job in read_ledger(self.worker.database)["jobs"])
