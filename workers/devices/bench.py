@@ -213,7 +213,12 @@ class Bench:
     def _read_answers(self, folder: Path | None, logit_range: float | None) -> Answers | None:
         """Read what the host's graph answered, where smoke generation is asked for and can be compared."""
         count = self.asked["smoke_prompts"]
-        if folder is None or logit_range is None or not count or TOOLS[self.asked["format"]] != "litert_lm_advanced_main":
+        if (
+            folder is None
+            or logit_range is None
+            or not count
+            or TOOLS[self.asked["format"]] != "litert_lm_advanced_main"
+        ):
             return None
         return read_answers(folder, count, self.asked["backend"], logit_range)
 
