@@ -97,7 +97,8 @@ def test_the_comparison_holds_every_figure_and_the_front(shop: Shop) -> None:
         for figure in (*FIGURES.values(), "parity.top1_agreement", "quality.exact_match", "benchmark.ttft_s"):
             assert each["figures"][figure] >= 0, (each["variant"], figure)
         assert (each["is_pareto"] is None) == (each["variant"] in REFUSED)
-        assert each["measurement"] in ("stable", "noisy")
+        # A busy machine slows down while it measures, too.
+        assert each["measurement"] in ("stable", "noisy", "hot")
     for each in published:
         path = shop.folder / "out" / each["artifact"]["name"]
         assert path.stat().st_size == each["figures"]["size_bytes"]

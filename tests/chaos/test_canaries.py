@@ -35,6 +35,8 @@ from tests.services import redis_url
 from tests.unit.service.test_signing import write_keys
 
 REPO = "kilns/private"
+#: Processes that are looked into at the least, and jobs that bring about some at the most.
+_LEAST_SEEN, _MOST_JOBS = 3, 100
 
 
 @pytest.fixture
@@ -140,10 +142,15 @@ def test_no_secret_leaves_its_place(
         assert job["state"] == "succeeded", job
         missing = {**request, "source": {"kind": "hub", "repo": "kilns/missing"}}
         assert kiln.finished(kiln.client.submit(missing)["id"])["state"] == "failed"
+        for _ in range(_MOST_JOBS):
+            # Children live for a moment only: they go on coming until some were looked into.
+            if len(watcher.seen) > _LEAST_SEEN and watcher.leaks:
+                break
+            kiln.finished(kiln.client.submit(missing)["id"])
         # 3. answers, while the server's log is written
         leaks = [ask(kiln.client.url, canaries, job)]
     assert watcher.leaks == {"environ of a child": {"planted"}}
-    assert len(watcher.seen) > 3
+    assert len(watcher.seen) > _LEAST_SEEN
     assert any(request.authorization == f"Bearer {canaries['hub token']}" for request in hub.requests), "it was used"
 
     assert kiln.client.download(job["id"], kiln.folder / "out", verify_key=public), "it was signed"
