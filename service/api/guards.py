@@ -10,6 +10,7 @@ import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import anyio
 import anyio.to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,9 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 #: Takes larger bodies than other routes, and streams them.
 UPLOADS_PATH = "/v1/uploads"
 RESUMABLE_PATHS = "/v1/uploads/resumable/"
+#: How much of a refused body is taken in, and how long.
+_DRAIN_BYTES = 64 << 20
+_DRAIN_S = 5.0
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -170,6 +174,8 @@ class BodyGuard:
         limit_bytes = self.max_upload_bytes if is_upload else self.max_body_bytes
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > limit_bytes:
+            if "expect" not in Headers(scope=scope):
+                await _drain(receive)
             raise _too_large(limit_bytes)
         if is_upload:
             await self.app(scope, _counted(receive, limit_bytes), send)
@@ -194,6 +200,17 @@ class BodyGuard:
                 raise _too_large(self.max_body_bytes)
             if not message.get("more_body", False):
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+
+async def _drain(receive: Receive) -> None:
+    """Take in what is on its way, within bounds: a connection closed on unread bytes is reset, and the answer lost."""
+    with anyio.move_on_after(_DRAIN_S):
+        drained_bytes = 0
+        while drained_bytes < _DRAIN_BYTES:
+            message = await receive()
+            drained_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _counted(receive: Receive, limit_bytes: int) -> Receive:
